@@ -1,0 +1,1373 @@
+r"""The ground the training scripts stand on: problems, the answer checker, the sampler, and the statistics.
+
+What a policy is trained on, rewarded by and judged by is one and the same code. As a script, compares checkpoints:
+
+    python eval.py runs/sft runs/grpo                              # built-in arithmetic chains, no network
+    python eval.py Qwen/Qwen2.5-0.5B-Instruct runs/grpo --dataset_name gsm8k --n_problems 0 --max_new_tokens 512 \
+        --prompt_template '{prompt} Reason step by step and put the final answer in \boxed{}.'
+    python eval.py --plot runs/sft runs/grpo                       # training curves from their metrics.jsonl
+
+The first prints one table and writes eval.json, samples.jsonl and eval.png. What the columns mean, for Q problems with
+n samples each, of which c_q are right:
+
+    greedy    share of right answers at temperature 0
+    avg@n     mean of c_q / n at the given temperature
+    pass@k    mean of 1 - C(n - c_q, k) / C(n, k): one of k samples is right, estimated without bias
+    maj@k     the most frequent answer among k of the n samples is right; mean over random choices of the k
+    no answer, cut off    shares of samples without a final answer, and ended by --max_new_tokens
+
+The problem is the unit of every interval: samples of one problem are not independent, and an interval over all samples
+would be about half as wide as it should be. Checkpoints are compared on the same problems, difference by difference.
+
+Dimensions: B rows decoded together · R all rows · P prompts · T tokens · V vocabulary · Q problems.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import select
+import subprocess
+import sys
+import threading
+import zlib
+from argparse import RawDescriptionHelpFormatter
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast,
+                          Qwen3Config, Qwen3ForCausalLM)
+from transformers.cache_utils import DynamicLayer
+
+# --- problems ---
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: one line that names the flag, or file and line; scripts exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a checkable answer."""
+    prompt: str | list[dict]  # text, or chat messages
+    answer: str
+    solution: str | None = None  # worked out, with the answer at its end
+    hints: tuple[str, ...] = ()  # from abstract to concrete
+    domain: str = ""
+    level: int = 0
+
+
+CHAIN_DOMAINS = {"add": "+", "sub": "-", "mul": "*", "mixed": "+-*"}
+CHAIN_LEVELS = range(1, 8)  # the last may double at each step: 2 ** 7 <= CHAIN_LIMIT
+CHAIN_DEFAULT_LEVELS = range(1, 6)
+CHAIN_DEFAULT_N = 10_000
+CHAIN_FIRST = 99  # largest first operand
+CHAIN_OPERAND = {"+": 20, "-": 20, "*": 3}  # largest later operand: small, so that half a million weights can learn it
+CHAIN_LIMIT = 199  # no intermediate result of a correct trace exceeds it
+CHAIN_RULE = "Work from left to right, one operation at a time."
+
+# Where the usual names are found: hub name, configuration, splits. A test set is never handed out as "train".
+BENCHMARKS = {
+    "gsm8k": ("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+    "math500": ("HuggingFaceH4/MATH-500", None, {"test": "test"}),
+    "aime24": ("HuggingFaceH4/aime_2024", None, {"test": "train"}),  # published as "train", but it is an exam
+    "aime25": ("math-ai/aime25", None, {"test": "test"}),
+    "amc23": ("math-ai/amc23", None, {"test": "test"}),
+}
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "solution")
+DOMAIN_COLUMNS = ("domain", "subject", "category")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def load_problems(name, split="train", n=None, seed=0, *, prompt_column=None, answer_column=None, levels="", domains="",
+                  error_rate=0.0, prompt_template="{prompt}"):
+    """A list of Problems, a pure function of the arguments; a smaller `n` gives the beginning of a larger one.
+
+    `name`: chain · gsm8k, math500, aime24, aime25, amc23 · reasoning_gym:TASK · a local file or folder · a hub data
+    set `owner/name` or `owner/name:configuration`. n=None takes all there is, in its order.
+    `levels` "1-3,5" and `domains` "add,mul" choose among data that has levels or domains; "" takes all.
+    `error_rate`: share of wrong steps in the *solutions* of `chain` (and of nothing else); the answers stay right.
+    `prompt_template` is put around each prompt (of a chat: around its last message).
+    """
+    if "{prompt}" not in prompt_template:
+        raise InputError(f"--prompt_template {prompt_template!r}: must contain {{prompt}}")
+    if n is not None and n < 1:
+        raise InputError(f"--n_problems {n}: must be at least 1")
+    if not 0 <= error_rate <= 1:
+        raise InputError(f"--error_rate {error_rate}: must be a share between 0 and 1")
+    wanted_levels = parse_levels(levels)
+    wanted_domains = [domain.strip() for domain in domains.split(",") if domain.strip()]
+    if name == "chain":
+        problems = chain_problems(split, n or CHAIN_DEFAULT_N, seed, wanted_levels, wanted_domains, error_rate)
+    elif name.startswith("reasoning_gym:"):
+        problems = reasoning_gym_problems(name.partition(":")[2], split, n or 1000, seed)
+    else:
+        rows = read_rows(name, split)
+        where = f"--dataset_name {name}"
+        prompt_column = find_column(rows, prompt_column, PROMPT_COLUMNS, "--prompt_column", where)
+        answer_column = find_column(rows, answer_column, ANSWER_COLUMNS, "--answer_column", where)
+        problems = [row_problem(row, prompt_column, answer_column, f"{where}, row {number}")
+                    for number, row in enumerate(rows, 1)]
+        problems = filter_problems(problems, wanted_levels, wanted_domains)
+        if n is not None:
+            random.Random(seed).shuffle(problems)
+            problems = problems[:n]
+    if prompt_template == "{prompt}":
+        return problems
+    return [replace(problem, prompt=fill_template(prompt_template, problem.prompt)) for problem in problems]
+
+
+def chain_problems(split, n, seed, levels, domains, error_rate):
+    """`n` chain problems, levels and domains in turn; distinct as long as there are enough distinct expressions."""
+    levels, domains = levels or list(CHAIN_DEFAULT_LEVELS), domains or list(CHAIN_DOMAINS)
+    if not set(levels) <= set(CHAIN_LEVELS):
+        raise InputError(f"--levels: chain has levels {CHAIN_LEVELS[0]} to {CHAIN_LEVELS[-1]}")
+    if not set(domains) <= set(CHAIN_DOMAINS):
+        raise InputError(f"--domains {','.join(domains)}: chain has {', '.join(CHAIN_DOMAINS)}")
+    check_split(split)
+    rng = random.Random(f"chain {split} {seed}")
+    slips = random.Random(f"slips {split} {seed}")  # a stream of its own: the error rate does not change the questions
+    seen, problems = set(), []
+    for i in range(n):
+        level, domain = levels[i % len(levels)], domains[i // len(levels) % len(domains)]
+        prompt, first, operations = new_chain(rng, split, level, domain, seen)
+        steps, answer = chain_steps(first, operations)
+        hints = (CHAIN_RULE, *(";".join(steps[:k]) + ";" for k in sorted({1, level - 1}) if k < level and k > 0))
+        final = answer
+        if error_rate:
+            steps, final = chain_steps(first, operations, error_rate, slips)
+        problems.append(Problem(prompt, str(answer), f"{';'.join(steps)}#{final}", hints, domain, level))
+    return problems
+
+
+def new_chain(rng, split, level, domain, seen):
+    """(prompt, first operand, operations) of the split, added to `seen`; after ten repeats a repeat is accepted."""
+    repeats = 0
+    while True:  # ends because every level and domain has expressions in every split, which a test holds
+        first, operations = draw_chain(rng, level, domain)
+        prompt = f"{first}{''.join([f'{op}{operand}' for op, operand in operations])}="
+        if split_of(prompt) != split:
+            continue
+        if prompt not in seen or repeats == 10:
+            seen.add(prompt)
+            return prompt, first, operations
+        repeats += 1
+
+
+def draw_chain(rng, level, domain):
+    """(first operand, [(operator, operand), ...]) with every intermediate result in 0..CHAIN_LIMIT."""
+    operators = CHAIN_DOMAINS[domain]
+    low = level if domain == "sub" else 1  # enough to subtract 1 at each step
+    high = min(CHAIN_FIRST, CHAIN_LIMIT >> level) if domain == "mul" else CHAIN_FIRST  # room to double at each step
+    first = value = rng.randint(low, high)
+    operations = []
+    for remaining in range(level, 0, -1):
+        largest = {op: largest_operand(op, value, remaining) for op in operators}
+        # 1 is a dull operand, so an operator that has room for no other is taken only where all are in that state
+        op = rng.choice([op for op in operators if largest[op] > 1] or operators)
+        operand = rng.randint(1, largest[op])
+        operations.append((op, operand))
+        value = apply_operator(op, value, operand)
+    return first, operations
+
+
+def largest_operand(op, value, remaining):
+    """The largest operand that leaves room for as large a one in each of the `remaining` steps, this one included."""
+    if op == "+":
+        room = CHAIN_LIMIT - value
+    elif op == "-":
+        room = value // remaining
+    else:
+        room = int((CHAIN_LIMIT / max(value, 1)) ** (1 / remaining) + 1e-9)
+    return min(CHAIN_OPERAND[op], room)
+
+
+def apply_operator(op, left, right):
+    return left + right if op == "+" else left - right if op == "-" else left * right
+
+
+def chain_steps(first, operations, error_rate=0.0, slips=None):
+    """(["37+5=42", ...], last result). A step goes wrong with chance `error_rate`, and the trace goes on from there."""
+    steps, value = [], first
+    for op, operand in operations:
+        result = apply_operator(op, value, operand)
+        if slips and slips.random() < error_rate:
+            slip = slips.choice((-10, -2, -1, 1, 2, 10))
+            result += slip if result + slip >= 0 else -slip
+        steps.append(f"{value}{op}{operand}={result}")
+        value = result
+    return steps, value
+
+
+def split_of(text):
+    """The split a procedural question belongs to: 1 in 10 test, 1 in 10 validation, by its text alone."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
+
+
+def check_split(split):
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"--split {split}: a procedural data set has train, validation and test")
+
+
+def reasoning_gym_problems(task, split, n, seed):
+    """`n` problems of one task of the reasoning-gym package, judged like all others by their one reference answer."""
+    check_split(split)
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise InputError(f"--dataset_name reasoning_gym:{task}: needs `pip install reasoning-gym`") from error
+    if task not in reasoning_gym.factory.DATASETS:
+        raise InputError(f"--dataset_name reasoning_gym:{task}: no such task")
+    # Item i is drawn from seed + i, so neighbouring seeds share items; and equal questions turn up under far seeds.
+    items = reasoning_gym.create_dataset(task, size=50 * n, seed=seed * 10**6)
+    problems, seen = [], set()
+    for i in range(50 * n):
+        item = items[i]
+        if item["answer"] is None:
+            raise InputError(f"--dataset_name reasoning_gym:{task}: has no reference answers")
+        if split_of(item["question"]) == split and item["question"] not in seen:
+            seen.add(item["question"])
+            problems.append(Problem(item["question"], str(item["answer"]), domain=task))
+            if len(problems) == n:
+                break
+    if not problems:
+        raise InputError(f"--dataset_name reasoning_gym:{task}: too few distinct questions for a {split} split")
+    return problems
+
+
+def read_rows(name, split="train"):
+    """The rows, as dicts, of a local file, of the files of `split` in a local folder, or of a hub data set."""
+    path = Path(name).expanduser()
+    if path.exists():
+        files = split_files(path, split) if path.is_dir() else [path]
+        rows = [row for file in files for row in read_file(file)]
+    elif name in BENCHMARKS or (name.count("/") == 1 and path.suffix not in SUFFIXES and name[0] not in "./~"):
+        rows = read_hub(name, split)
+    else:
+        raise InputError(f"--dataset_name {name}: no such file or folder, nor one of chain, {', '.join(BENCHMARKS)}, "
+                         "reasoning_gym:TASK or a hub name owner/name")
+    if not rows:
+        raise InputError(f"--dataset_name {name}: holds no rows")
+    return rows
+
+
+def read_hub(name, split):
+    import datasets  # a second to import, so only where it is needed
+    hub_name, _, configuration = name.partition(":")
+    if name in BENCHMARKS:
+        hub_name, configuration, splits = BENCHMARKS[name]
+        if split not in splits:
+            raise InputError(f"--split {split}: {name} has {', '.join(splits)}")
+        split = splits[split]
+    elif name == "openai/gsm8k":
+        configuration = "main"
+    try:
+        return datasets.load_dataset(hub_name, configuration or None, split=split).to_list()
+    except (OSError, ValueError, RuntimeError) as error:  # no network, no such data set, split or configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--dataset_name {name}, --split {split}: cannot be loaded from the hub ({reason})") from error
+
+
+def split_files(folder, split):
+    """The files of one split: `train.jsonl`, `train-00000-of-00002.parquet`, in the folder or in its `data` folder."""
+    files = sorted(file for pattern in ("*", "data/*") for file in folder.glob(pattern) if file.suffix in SUFFIXES)
+    chosen = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
+    if not chosen:
+        raise InputError(f"--dataset_name {folder}: no file of split {split!r}; it holds "
+                         f"{', '.join(file.name for file in files[:9]) or 'no data files'}")
+    return chosen
+
+
+def read_file(path):
+    """The rows of one file. Raises InputError "path:line: ..." at the first that is not UTF-8 or not a JSON object."""
+    import pyarrow.parquet
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: not one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".json" and text.lstrip()[:1] == "[":
+        records = [(1, text)]
+    else:
+        records = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = []
+    for number, record in records:
+        try:
+            value = json.loads(record)
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            raise InputError(f"{path}:{line}: not valid JSON ({str(error).splitlines()[0]})") from error
+        rows.extend(value if isinstance(value, list) else [value])
+        if not all(isinstance(row, dict) for row in rows[-1:]):
+            raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(rows[-1]).__name__}")
+    return rows
+
+
+def find_column(rows, wanted, usual, flag, where):
+    columns = list(rows[0])
+    for column in [wanted] if wanted else usual:
+        if column in columns:
+            return column
+    what = f"no column {wanted!r}" if wanted else f"none of the columns {', '.join(usual)}"
+    raise InputError(f"{flag}: {where} has {what}; it has {', '.join(map(str, columns))}")
+
+
+def row_problem(row, prompt_column, answer_column, where):
+    """One row as a Problem. Raises InputError where the prompt or an answer to check against is missing."""
+    prompt, answer = row.get(prompt_column), row.get(answer_column)
+    chat = isinstance(prompt, list) and prompt and all(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and turn.get("role") for turn in prompt)
+    if not chat and not (isinstance(prompt, str) and prompt.strip()):
+        raise InputError(f"{where}: column {prompt_column!r} holds neither text nor a list of chat messages")
+    solution = row.get("solution")
+    if isinstance(answer, str) and "####" in answer:  # GSM8K: the worked solution and the answer in one string
+        solution = answer = re.sub(r"<<.*?>>", "", answer)  # the marks made for a calculator tool
+    if isinstance(answer, str) and ("####" in answer or "\\boxed" in answer or answer_column == "solution"):
+        answer = extract_answer(answer)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise InputError(f"{where}: column {answer_column!r} holds no answer to check against")
+    domain = next((str(row[column]) for column in DOMAIN_COLUMNS if row.get(column)), "")
+    level = re.search(r"\d+", str(row.get("level", "")))  # MATH writes "Level 3"
+    return Problem(prompt, str(answer).strip(), solution if isinstance(solution, str) else None, domain=domain,
+                   level=int(level.group()) if level else 0)
+
+
+def filter_problems(problems, levels, domains):
+    """The problems of these levels and domains; data that has no levels (or no domains) is not sorted by them."""
+    levels = levels if any(problem.level for problem in problems) else []
+    domains = domains if any(problem.domain for problem in problems) else []
+    kept = [problem for problem in problems
+            if (not levels or problem.level in levels) and (not domains or problem.domain in domains)]
+    if not kept:
+        raise InputError(f"--levels, --domains: nothing is left; the levels are {sorted({p.level for p in problems})}, "
+                         f"the domains {sorted({p.domain for p in problems})[:20]}")
+    return kept
+
+
+def parse_levels(text):
+    """
+    >>> parse_levels("1-3,5")
+    [1, 2, 3, 5]
+    """
+    levels = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if not match:
+            raise InputError(f"--levels {text}: write them like 1-5 or 1,3,5")
+        levels.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(levels)
+
+
+def fill_template(template, prompt):
+    if isinstance(prompt, str):
+        return template.replace("{prompt}", prompt)
+    *before, last = prompt
+    return [*before, {**last, "content": template.replace("{prompt}", last["content"])}]
+
+
+# --- answers ---
+
+
+# One path from text to verdict: rewards, evaluation and the choice of samples to train on all go through `verify`.
+UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?|\.[0-9]+)"
+FRAC = r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|<answer>")
+CLOSING_HASH = re.compile(rf"#\s*([-+]?\$?{UNSIGNED}(?:/{UNSIGNED})?%?)\s*\Z")
+BARE_NUMBER = re.compile(rf"-?\\[dt]?frac\s*(?:\{{-?[0-9]+\}}|[0-9])\s*(?:\{{[0-9]+\}}|[0-9])|"
+                         rf"(?:(?<![\w.)\]}}])[-+−]\$?)?{UNSIGNED}(?:/{UNSIGNED})?(?:\\?%)?")
+NUMBER = re.compile(rf"([-+]?) ?(?:([0-9]+) (?=[0-9]+/))?({UNSIGNED})(?:/({UNSIGNED}))?( ?%)?"
+                    r"((?: [A-Za-z]{2,}){0,4})")  # sign, whole part of 1 1/2, number, denominator, percent, unit
+# In "18 dollars" the word is a unit. These words change the value, or hedge.
+NOT_UNITS = set("hundred thousand million billion trillion dozen pi squared cubed or and to".split())
+DRESSING = [("−", "-"), ("–", "-"), ("\\%", "%"), (" percent", "%"), ("\\$", ""), ("$", ""), ("€", ""), ("£", ""),
+            ("{,}", ","), ("\\!", ""), ("\\,", ""), ("\\;", " "), ("\\ ", " "), ("~", " "), ("\\left", ""),
+            ("\\right", ""), ("^\\circ", ""), ("^{\\circ}", ""), ("°", ""), ("\\dfrac", "\\frac"),
+            ("\\tfrac", "\\frac"), ("**", "")]
+COSTLY = re.compile(r"\^\s*\{?\s*[0-9]+\s*\}?\s*\^|\^\s*\{?\s*-?[0-9]{4}|[0-9]{4}\s*\}?\s*!|!\s*!|binom.*[0-9]{4}")
+MAX_ANSWER_LENGTH = 300  # characters; anything longer is compared as a string only
+
+
+def extract_answer(text):
+    r"""The final answer of a completion as written there, or None. Takes time linear in the length of the text.
+
+    What stands before </think> does not count. The answer is the last of \boxed{...}, `#### ...`, <answer>...</answer>
+    or a `#34` that ends the text; without any of them the last number. A box or tag that never closes gives None.
+
+    >>> extract_answer("37+5=42;42-8=34#34"), extract_answer(r"so \boxed{\frac{1}{2}}, as 1+1=2"), extract_answer("hm")
+    ('34', '\\frac{1}{2}', None)
+    """
+    if "think>" in text:
+        text = text.rpartition("</think>")[2]
+        if "<think>" in text:  # cut off while still thinking
+            return None
+    hash_at = text.rfind("#")
+    if hash_at >= 0 and (closing := CLOSING_HASH.match(text, hash_at)):
+        return closing[1]
+    marker = number = None
+    for marker in MARKER.finditer(text):
+        pass
+    if marker is None:
+        for number in BARE_NUMBER.finditer(text):
+            pass
+        return number[0] if number else None
+    if marker[0] == "####":
+        answer = text[marker.end():].split("\n", 1)[0]
+    elif marker[0] == "<answer>":
+        answer, closed, _ = text[marker.end():].partition("</answer>")
+        answer = answer if closed else ""
+    else:
+        answer = braced(text, marker.end())
+    return answer.strip() or None
+
+
+def braced(text, start):
+    """What stands between the brace that opened just before `start` and its partner; "" where it has none."""
+    depth = 1
+    for brace in re.compile(r"\\?[{}]").finditer(text, start):
+        if brace[0] in "{}":  # \{ and \} are printed braces, not groups
+            depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start:brace.start()]
+    return ""
+
+
+def verify(text, answer):
+    r"""Whether the final answer in `text` is `answer`: the one verdict for reward and evaluation.
+
+    Numbers are compared exactly, as fractions ("0.5" is "1/2", not "0.49999"). A percent sign may be left out or read
+    as hundredths ("75%" is 75 and 0.75); units and thousands separators are dropped. Equal strings are equal. What is
+    left and looks like a formula goes to math-verify. Takes microseconds for numbers and never over 5 s; no text
+    makes it raise.
+
+    >>> verify("#### $1,000.00", "1000"), verify("<answer>2/4</answer>", "0.5"), verify(r"\boxed{3 or 4}", "4")
+    (True, True, False)
+    """
+    found = extract_answer(text)
+    if found is None or found == answer:
+        return found is not None
+    number, true_number = to_number(found), to_number(answer)
+    if number and true_number:
+        (value, percent), (true_value, true_percent) = number, true_number
+        return value == true_value or percent != true_percent and (
+            value / 100 if percent else value) == (true_value / 100 if true_percent else true_value)
+    key, true_key = answer_key(found), answer_key(answer)
+    if key == true_key:
+        return True
+    # "3=4" would pass for 4, and an unworked sum for its value; without any operator there is nothing to compute.
+    if max(len(key), len(true_key)) > MAX_ANSWER_LENGTH or COSTLY.search(key) or key.count("=") > true_key.count("="):
+        return False
+    looks_symbolic = re.search(r"[\\^√π]", key) if true_number else re.search(r"[^\w\s.]", key + true_key)
+    return bool(looks_symbolic) and MATH_JUDGE.equal(answer, found)
+
+
+def clean_answer(text):
+    """The answer without what does not change its value: currency, spacing, \\left, \\text{...}, a final full stop."""
+    for mark, plain in DRESSING:
+        text = text.replace(mark, plain)
+    if "\\" in text:
+        text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+        text = re.sub(FRAC, lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
+    text = re.sub(r"^\s*[A-Za-z](?:\([a-z]\))?\s*=(?!=)", "", text)  # the "x =" of "x = 3"
+    text = " ".join(text.split()).lstrip(" ,;:").rstrip(" .,;:")
+    return text[1:-1].strip() if re.fullmatch(r"\([^(),]*\)", text) else text
+
+
+@lru_cache(maxsize=1 << 16)
+def to_number(text):
+    """(value as a Fraction, whether it has a percent sign), or None for anything but one plain number.
+
+    >>> to_number("-1,234.50"), to_number(r"1\\frac{1}{2}"), to_number("75%"), to_number("18 million"), to_number("1/0")
+    ((Fraction(-2469, 2), False), (Fraction(3, 2), False), (Fraction(75, 1), True), None, None)
+    """
+    if len(text) > MAX_ANSWER_LENGTH:  # also keeps int() below its limit of 4,300 digits
+        return None
+    match = NUMBER.fullmatch(clean_answer(text))
+    if not match or NOT_UNITS & set(match[6].lower().split()):
+        return None
+    denominator = Fraction(match[4].replace(",", "")) if match[4] else 1
+    if not denominator:
+        return None
+    value = Fraction(match[3].replace(",", "")) / denominator + int(match[2] or 0)
+    return -value if match[1] == "-" else value, bool(match[5])
+
+
+def answer_key(text):
+    """A string equal for answers written differently but surely the same: what answers vote with in maj@k."""
+    number = to_number(text)
+    if number:
+        return str(number[0])
+    key = re.sub(r"(?<![0-9]) | (?![0-9])", "", clean_answer(text))  # "1 1" is not 11
+    return key.casefold() if key.isalpha() else key
+
+
+class MathJudge:
+    """math-verify in a process of its own that can be killed.
+
+    Its own timeouts rest on SIGALRM: they fail outside the main thread, erase the caller's alarm, and do not end a long
+    computation inside C. So they run in the child, and a child that does not answer in time is killed and replaced.
+    """
+
+    DEADLINE_S = 3
+    PROGRAM = r"""
+import json, resource, sys
+from math_verify import LatexExtractionConfig, parse, verify
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+latex = [LatexExtractionConfig(boxed_match_priority=0)]
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        gold, answer = (parse("\\boxed{" + side + "}", latex, parsing_timeout=1) for side in json.loads(line))
+        print(int(verify(gold, answer, timeout_seconds=1)), flush=True)
+    except Exception:
+        print(0, flush=True)
+"""
+
+    def __init__(self):
+        self.process, self.owner, self.lock = None, None, threading.Lock()
+
+    @lru_cache(maxsize=1 << 16)
+    def equal(self, gold, answer):
+        """Whether two LaTeX strings mean the same; False where that is not settled by the deadline."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None or self.owner != os.getpid():  # or after a fork
+                self.start()
+            try:
+                self.process.stdin.write(json.dumps([gold, answer]) + "\n")
+                self.process.stdin.flush()
+                reply = self.reply(self.DEADLINE_S)
+            except OSError:
+                reply = ""
+            if not reply:
+                self.process.kill()
+                self.process.wait()
+            return reply == "1"
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, "-P", "-c", self.PROGRAM], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.owner = os.getpid()
+        if self.reply(60) != "ready":
+            raise InputError("math-verify does not start: `pip install 'math-verify[antlr4_13_2]'`")
+
+    def reply(self, seconds):
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline().strip() if ready else ""
+
+
+MATH_JUDGE = MathJudge()
+
+
+# --- model ---
+
+TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False)  # 0.62 M parameters
+
+
+def char_tokenizer():
+    """A tokenizer with one token per printable ASCII character, built in code: the embedded default needs no file."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
+    """The model and its tokenizer: `tiny` (random weights drawn from `seed`), a local folder, or a name on the hub.
+
+    chat_template "off" forgets the tokenizer's. Every token that ends a turn is set to end generation, here and in
+    whatever loads the saved model later. No code from a checkpoint is ever executed. Raises InputError where the
+    model cannot be had, where its head is more than a matrix (a bias or a scale would make `linear_logps` wrong), or
+    where it has no end-of-text token.
+    """
+    if name_or_path == "tiny":
+        tokenizer = char_tokenizer()
+        config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                             pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **TINY)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Qwen3ForCausalLM(config).to(dtype), tokenizer
+    flag, folder = f"--model_name_or_path {name_or_path}", Path(name_or_path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{flag}: this folder holds no config.json, so it is not a model")
+    if not folder.exists() and name_or_path.count("/") != 1:
+        raise InputError(f"{flag}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{flag}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{flag}: its tokenizer has no end-of-text token")
+    if chat_template == "off":
+        tokenizer.chat_template = None
+    check_head(model, flag)
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def check_head(model, flag):
+    """Raises InputError unless the model's logits are (soft-capped) hidden states times the head's weight."""
+    ids_1T = torch.arange(4)[None] + 5
+    logits_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
+    hidden_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+    ours_1TV = (hidden_1TD @ model.get_output_embeddings().weight.T).float()
+    cap = softcap(model)
+    ours_1TV = ours_1TV if cap is None else cap * torch.tanh(ours_1TV / cap)
+    if not torch.allclose(ours_1TV, logits_1TV, atol=1e-3, rtol=1e-2):
+        raise InputError(f"{flag}: its output head is more than a matrix (a bias, a scale), which is not supported")
+
+
+def softcap(model):
+    """Gemma-2's cap on the final logits, or None."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, ready to be continued: list of int.
+
+    Messages go through the chat template with its generation prompt. A string is one user turn where the tokenizer
+    has a chat template, and plain text elsewhere. At most one BOS stands in front; nothing is added at the end.
+    """
+    if isinstance(prompt, str) and tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        ids, bos = tokenizer(prompt, add_special_tokens=False).input_ids, tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos and ids[:1] != [bos]
+        return [bos] * adds_bos + ids
+    if not tokenizer.chat_template:
+        raise InputError("the prompts are chat messages, and this model's tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS where it wants one
+
+
+def end_of_turn(tokenizer):
+    """Id of the token that ends an assistant's turn: the first special token the template puts after its text."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}]
+        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("bcd")[2]
+        for token in tokenizer(tail, add_special_tokens=False).input_ids:
+            if token in tokenizer.all_special_ids:
+                return token
+    return tokenizer.eos_token_id
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a completion: end of turn, end of text, and whatever the checkpoint's generation config names."""
+    configured = getattr(model.generation_config, "eos_token_id", None) or []
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({end_of_turn(tokenizer), tokenizer.eos_token_id, *configured})
+
+
+# --- sampler ---
+
+@dataclass
+class Rollouts:
+    """Completions of `generate`, on the CPU; row r continues prompt r // n. Columns past a row's length mean nothing."""
+
+    tokens_RT: torch.Tensor  # int64, the stop token included
+    logps_RT: torch.Tensor  # float32, log-probs at the sampling temperature, before any top-p or top-k cut
+    lengths_R: torch.Tensor  # int64, the stop token counted
+    finished_R: torch.Tensor  # bool: ended by a stop token rather than by the limit
+
+    def ids(self, row):
+        """The completion's token ids, stop token included: list of int."""
+        return self.tokens_RT[row, : self.lengths_R[row]].tolist()
+
+    def texts(self, tokenizer):
+        """The completions as text, without their stop tokens."""
+        ids = [self.ids(row) for row in range(len(self.lengths_R))]
+        cut = [row_ids[:-1] if done else row_ids for row_ids, done in zip(ids, self.finished_R.tolist())]
+        return tokenizer.batch_decode(cut, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class InPlaceLayer(DynamicLayer):
+    """Keys and values of one layer, written into spare room that grows by half; DynamicLayer copies all at each token."""
+
+    def lazy_initialization(self, keys, values):
+        super().lazy_initialization(keys, values)
+        self.length, self.rooms = 0, [keys[:, :, :0], values[:, :, :0]]
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        start, self.length = self.length, self.length + keys.shape[2]
+        for i, new in enumerate((keys, values)):
+            if self.length > self.rooms[i].shape[2]:  # the prompt gets no spare room: it is about to be repeated
+                spare = max(32, self.length // 2) if start else 0
+                room = new.new_empty(*new.shape[:2], self.length + spare, new.shape[3])
+                room[:, :, :start] = self.rooms[i][:, :, :start]
+                self.rooms[i] = room
+            self.rooms[i][:, :, start : self.length] = new
+        return self.show()
+
+    def show(self):
+        self.keys, self.values = (room[:, :, : self.length] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        self.rooms = [room.repeat_interleave(repeats, 0) for room in self.rooms]
+        self.show()
+
+    def batch_select_indices(self, indices):
+        self.rooms = [room[indices] for room in self.rooms]
+        self.show()
+
+
+def new_cache(model):
+    """An empty cache for `model`; layers with a sliding window or a recurrent state stay transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layer_class_to_replicate = InPlaceLayer
+    return cache
+
+
+def draw_tokens(logits_BV, uniforms_B, temperature, top_p, top_k):
+    """One token a row by inverse CDF, and its log-prob before any cut: (tokens_B, logps_B). Temperature 0 is greedy.
+
+    One uniform number in [0, 1) per row decides, so a row's draw does not depend on the rows beside it.
+    """
+    logps_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens_B1 = logps_BV.argmax(-1, keepdim=True)
+    else:
+        probs_BV = logps_BV.exp()
+        if top_p < 1 or 0 < top_k < probs_BV.shape[1]:
+            sorted_BV, order_BV = probs_BV.sort(descending=True)
+            sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= top_p] = 0  # the token that crosses top_p stays
+            sorted_BV[:, top_k or len(sorted_BV[0]) :] = 0
+            probs_BV = torch.zeros_like(probs_BV).scatter(1, order_BV, sorted_BV)
+        cdf_BV = probs_BV.cumsum(-1, dtype=torch.float64)  # in float64 u * total < total: the index is in range
+        tokens_B1 = torch.searchsorted(cdf_BV, uniforms_B[:, None] * cdf_BV[:, -1:], right=True)
+    return tokens_B1[:, 0], logps_BV.gather(1, tokens_B1)[:, 0]
+
+
+def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k, tick):
+    """Continues each prompt n times, all rows side by side: (tokens_BT, logps_BT, lengths_B, finished_B) on the CPU.
+
+    A prompt is prefilled once and its cache repeated; rows that have ended are dropped from the batch.
+    """
+    device, (B, T) = model.device, uniforms_BT.shape
+    width = max(map(len, prompts))
+    ids_PT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_PT = torch.zeros(len(prompts), width, dtype=torch.long)
+    for i, prompt in enumerate(prompts):  # left-padded, so that all rows go on at the same column
+        ids_PT[i, width - len(prompt) :], mask_PT[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    padded = not bool(mask_PT.all())  # without padding no mask is passed: attention takes its fastest path
+    ids_PT, mask_PT, uniforms_BT = ids_PT.to(device), mask_PT.to(device), uniforms_BT.to(device)
+    stop_K = torch.tensor(stop, device=device)
+    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    logps_BT = torch.zeros(B, T, device=device)
+    done_B = torch.zeros(B, dtype=torch.bool, device=device)
+    live_L = torch.arange(B, device=device)  # the row that each line of the shrinking batch stands for
+
+    cache = new_cache(model)
+    places = {"attention_mask": mask_PT, "position_ids": (mask_PT.cumsum(1) - 1).clamp(0)} if padded else {}
+    logits_LV = model(input_ids=ids_PT, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
+    logits_LV = logits_LV.repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask_LT = mask_PT.repeat_interleave(n, 0)
+    for t in range(T):
+        next_L, logps_L = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
+        tokens_BT[live_L, t], logps_BT[live_L, t] = next_L, logps_L
+        done_B[live_L] |= torch.isin(next_L, stop_K)
+        if t == T - 1:
+            break
+        if device.type == "cpu" or t % 16 == 15:  # to look at `done` is to wait for the GPU, so not at every token
+            going_L = ~done_B[live_L]
+            n_going = int(going_L.sum())
+            tick(t, n_going)
+            if n_going == 0:
+                break
+            if n_going <= 0.9 * len(live_L):
+                keep = going_L.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live_L, next_L, mask_LT = live_L[keep], next_L[keep], mask_LT[keep]
+        if padded:
+            mask_LT = torch.cat([mask_LT, mask_LT.new_ones(len(mask_LT), 1)], 1)
+            places = {"attention_mask": mask_LT, "position_ids": mask_LT.sum(1, keepdim=True) - 1}
+        logits_LV = model(input_ids=next_L[:, None], past_key_values=cache, use_cache=True, **places).logits[:, -1]
+    stopped_BT = torch.isin(tokens_BT, stop_K)
+    finished_B = stopped_BT.any(1)
+    lengths_B = torch.where(finished_B, stopped_BT.int().argmax(1) + 1, T)
+    return tokens_BT.cpu(), logps_BT.cpu(), lengths_B.cpu(), finished_B.cpu()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, seed=0,
+             batch_size=256, progress=False, keys=None):
+    """Samples n completions of each prompt (lists of token ids): Rollouts, row i * n + j the j-th of prompt i.
+
+    `seed` is an int or a list of ints. The random numbers of a row are a function of (seed, its prompt's key, j)
+    alone; `keys` names the prompts where they are a part of a larger set (default 0, 1, ...). So what a row says does
+    not depend on the rows beside it, on batch_size (rows decoded at once), or on the number of processes, but for
+    rounding. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. The model is left in the mode it was in.
+    """
+    seed = seed if isinstance(seed, (list, tuple)) else [seed]
+    keys = range(len(prompts)) if keys is None else keys
+    stop, training = stop_ids(model, tokenizer), model.training
+    model.eval()
+    rows = len(prompts) * n
+    out = Rollouts(torch.zeros(rows, max_new_tokens, dtype=torch.long), torch.zeros(rows, max_new_tokens),
+                   torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths side by side: little padding
+    per_batch = max(1, batch_size // n)
+    bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress)
+    tokens = 0
+    for start in range(0, len(order), per_batch):
+        part = order[start : start + per_batch]
+        rows_B = [i * n + j for i in part for j in range(n)]
+        uniforms_BT = torch.from_numpy(np.stack([
+            np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i in part for j in range(n)]))
+        before = bar.n
+        batch = decode_batch(model, [prompts[i] for i in part], n, uniforms_BT, stop, temperature, top_p, top_k,
+                             lambda t, going: bar.update(before + len(rows_B) - going - bar.n))
+        out.tokens_RT[rows_B], out.logps_RT[rows_B], out.lengths_R[rows_B], out.finished_R[rows_B] = batch
+        tokens += int(batch[2].sum())
+        bar.update(before + len(rows_B) - bar.n)
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
+    bar.close()
+    model.train(training)
+    return out
+
+
+# --- statistics ---
+
+
+def pass_at_k(n, c, k):
+    """Chance that k samples drawn without replacement from n, of which c are right, hold a right one.
+
+    The unbiased estimate; drawing with replacement is not (0.725 for a true 0.778 at n = k = 8).
+    Source: Chen et al. 2021, eq. 1.
+
+    >>> pass_at_k(n=4, c=1, k=2)
+    0.5
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, not n={n}, c={c}, k={k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_at_k(keys, correct, k, seed=0, n_subsets=100):
+    """Chance that the most frequent answer among k of the n samples is right, over random subsets of size k.
+
+    `keys`: what each sample votes for, None for an unparsed one, which does not vote. `correct`: its verdict.
+    A tie counts with the mean of the tied answers, which is what breaking it at random gives on average.
+
+    >>> majority_at_k(["7", "7", "3", None], [True, True, False, False], k=4)
+    1.0
+    """
+    if not 1 <= k <= len(keys):
+        raise ValueError(f"maj@k needs 1 <= k <= n, not n={len(keys)}, k={k}")
+    rng = random.Random(seed)
+    verdict = dict(zip(keys, correct))
+    total, n_subsets = 0.0, n_subsets if k < len(keys) else 1
+    for _ in range(n_subsets):
+        votes = Counter(key for key in rng.sample(keys, k) if key is not None)
+        leaders = [key for key, count in votes.items() if count == max(votes.values())]
+        total += sum(verdict[key] for key in leaders) / max(len(leaders), 1)
+    return total / n_subsets
+
+
+def wilson_interval(c, n, z=1.96):
+    """95 % interval (low, high) for a share of which c of n trials are seen. Source: Wilson 1927.
+
+    >>> [round(x, 3) for x in wilson_interval(8, 10)]
+    [0.49, 0.943]
+    """
+    centre, spread = c + z * z / 2, z * math.sqrt(c * (n - c) / n + z * z / 4)
+    return max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))
+
+
+def bootstrap_interval(values_Q, seed=0, n_resamples=10_000):
+    """95 % percentile interval (low, high) of the mean, questions drawn with replacement.
+
+    Samples of one question are not independent, so the question is the unit: over single samples the interval would be
+    about half as wide as it should be.
+    """
+    values_Q = np.asarray(values_Q, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // len(values_Q))
+    means = [values_Q[rng.integers(len(values_Q), size=(min(chunk, n_resamples - start), len(values_Q)))].mean(axis=1)
+             for start in range(0, n_resamples, chunk)]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rule_of_three(n):
+    """Upper 95 % limit for the rate of what never happened in n trials.
+
+    >>> rule_of_three(300)
+    0.01
+    """
+    return min(1.0, 3 / n)
+
+
+def mean_interval(scores_Q, seed=0):
+    """95 % interval (low, high) for the mean of one score in 0..1 per question.
+
+    Wilson for verdicts, which holds for few questions and near 0 and 1 too; the bootstrap for means and pass@k.
+    """
+    n = len(scores_Q)
+    if set(scores_Q) <= {0, 1}:
+        return wilson_interval(sum(scores_Q), n)
+    return bootstrap_interval(scores_Q, seed) if n > 1 else (0.0, 1.0)
+
+
+def paired_comparison(scores_a_Q, scores_b_Q, seed=0):
+    """How much better b is than a on the same questions: mean difference b - a, its 95 % interval, discordant counts.
+
+    Needs several times fewer questions than comparing two accuracies. For verdicts with the p-value of McNemar's exact
+    test (a fair coin for each question that only one of them solves) and an adjusted Wald interval, which holds for few
+    discordant questions too (source: Bonett & Price 2012); otherwise the bootstrap, or the rule of three where no
+    question differs.
+
+    >>> paired_comparison([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1])["mcnemar_p"]
+    0.0625
+    """
+    if len(scores_a_Q) != len(scores_b_Q) or not scores_a_Q:
+        raise ValueError(f"a paired comparison needs the same questions, not {len(scores_a_Q)} and {len(scores_b_Q)}")
+    differences_Q = [b - a for a, b in zip(scores_a_Q, scores_b_Q)]
+    n, better, worse = len(differences_Q), sum(d > 0 for d in differences_Q), sum(d < 0 for d in differences_Q)
+    p = None
+    if set(scores_a_Q) | set(scores_b_Q) <= {0, 1}:
+        tail = sum(math.comb(better + worse, i) for i in range(min(better, worse) + 1))
+        p = min(1.0, 2 * tail / 2 ** (better + worse))
+        up, down = (better + 1) / (n + 2), (worse + 1) / (n + 2)
+        spread = 1.96 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+        low, high = max(-1.0, up - down - spread), min(1.0, up - down + spread)
+    elif better + worse == 0:
+        low, high = -rule_of_three(n), rule_of_three(n)
+    else:
+        low, high = bootstrap_interval(differences_Q, seed)
+    return {"n_problems": n, "difference": sum(differences_Q) / n, "low": low, "high": high,
+            "n_better": better, "n_worse": worse, "mcnemar_p": p}
+
+
+def evaluate(model, tokenizer, problems, *, n=1, k=(1,), max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
+             batch_size=256, progress=False):
+    """Samples n completions a problem (temperature 0: greedy) and judges them with `verify`.
+
+    Returns a dict: `accuracy` (the mean over all samples), `pass@k`, `maj@k` and, for each, `.../low` and `.../high` of
+    its 95 % interval clustered by question; `parse_fail`, `truncated` (shares of samples), `mean_length` (tokens, the
+    stop token counted); `by_level`, `by_domain`: {value: {accuracy, low, high, n_problems}}; `scores` (accuracy of each
+    problem, for `paired_comparison`); `records` (one dict a sample). A question asked twice is evaluated once.
+    """
+    problems = list({json.dumps(problem.prompt): problem for problem in problems}.values())
+    if not problems or n < 1 or not all(1 <= size <= n for size in k):
+        raise InputError(f"--k {','.join(map(str, k))}: needs problems, n >= 1 and each k in 1..n, not n={n}, "
+                         f"{len(problems)} problems")
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    rollouts = generate(model, tokenizer, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                        top_p=top_p, seed=seed, batch_size=batch_size, progress=progress)
+    lengths, finished = rollouts.lengths_R.tolist(), rollouts.finished_R.tolist()
+    records = []
+    for row, text in enumerate(rollouts.texts(tokenizer)):
+        problem = problems[row // n]
+        records.append({"problem": row // n, "sample": row % n, "prompt": problem.prompt, "answer": problem.answer,
+                        "level": problem.level, "domain": problem.domain, "completion": text,
+                        "extracted": extract_answer(text), "correct": verify(text, problem.answer),
+                        "length": lengths[row], "truncated": not finished[row]})
+    return {"n_problems": len(problems), "n": n, "temperature": temperature, "top_p": top_p, "seed": seed,
+            "max_new_tokens": max_new_tokens, **summarize(records, n, k, seed), "records": records}
+
+
+def summarize(records, n, k, seed=0):
+    """The numbers `evaluate` returns, from its records: n in a row for each problem."""
+    questions = [records[i:i + n] for i in range(0, len(records), n)]
+    scores_Q = [sum(record["correct"] for record in question) / n for question in questions]
+    metrics = {"accuracy": scores_Q}
+    for size in k:
+        metrics[f"pass@{size}"] = [pass_at_k(n, round(score * n), size) for score in scores_Q]
+        if size > 2:  # with one or two votes the majority is a single random vote
+            metrics[f"maj@{size}"] = [
+                majority_at_k([record["extracted"] and answer_key(record["extracted"]) for record in question],
+                              [record["correct"] for record in question], size, seed) for question in questions]
+    summary = {}
+    for name, values_Q in metrics.items():
+        low, high = mean_interval(values_Q, seed)
+        summary |= {name: sum(values_Q) / len(values_Q), f"{name}/low": low, f"{name}/high": high}
+    for name, flags in {"parse_fail": [record["extracted"] is None for record in records],
+                        "truncated": [record["truncated"] for record in records],
+                        "mean_length": [record["length"] for record in records]}.items():
+        summary[name] = sum(flags) / len(records)
+    for kind in ("level", "domain"):
+        groups = defaultdict(list)
+        for question, score in zip(questions, scores_Q):
+            groups[question[0][kind]].append(score)
+        summary[f"by_{kind}"] = {}
+        for value, scores in sorted(groups.items()):
+            low, high = mean_interval(scores, seed)
+            summary[f"by_{kind}"][value] = {"accuracy": sum(scores) / len(scores), "low": low, "high": high,
+                                            "n_problems": len(scores)}
+    return {**summary, "scores": scores_Q}
+
+
+# --- plots ---
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for all eyes
+FIRST_PANELS = ("reward", "eval/accuracy", "loss", "rewards/accuracies", "rewards/margins", "entropy", "kl",
+                "grad_norm", "completions/mean_length", "frac_reward_zero_std", "clip_ratio", "learning_rate")
+
+
+def new_figure(n_panels, n_columns):
+    """(figure, flat list of axes). No pyplot: nothing global, and no display is ever looked for."""
+    from matplotlib.figure import Figure
+    n_columns = min(n_columns, n_panels)
+    n_rows = math.ceil(n_panels / n_columns)
+    figure = Figure(figsize=(4.4 * n_columns, 0.5 + 3.1 * n_rows), layout="constrained")
+    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    for extra in axes[n_panels:]:
+        extra.remove()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes[:n_panels]
+
+
+def save_figure(figure, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def add_legend(figure, axis, n_columns=3):
+    """One legend above all panels, in the order of drawing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(n_columns, len(labels)), frameon=False)
+
+
+def plot_runs(run_dirs, path):
+    """Draws each number of the runs' metrics.jsonl against the step, one panel a name, the runs overlaid, into a PNG.
+
+    Faint: the values; strong: their running mean over a fiftieth of the run. Raises InputError where there are none.
+    """
+    runs = [(label, read_metrics(run_dir)) for label, run_dir in zip(short_names(run_dirs), run_dirs)]
+    names = {name for _, curves in runs for name in curves}
+    names = [name for name in FIRST_PANELS if name in names] + sorted(names - set(FIRST_PANELS))
+    figure, axes = new_figure(len(names), n_columns=4 if len(names) > 9 else 3)
+    for axis, name in zip(axes, names):
+        for i, (label, curves) in enumerate(runs):
+            points = sorted(curves.get(name, {}).items())
+            steps, values = [step for step, _ in points], np.array([value for _, value in points], dtype=float)
+            color, width = COLORS[i % len(COLORS)], len(points) // 50
+            if width > 1:
+                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                values = running_mean(values, width)
+            axis.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(points) < 20 else "", markersize=4,
+                      label=label)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.margins(x=0.02)
+    for axis in axes[-min(len(axes), 4 if len(names) > 9 else 3):]:
+        axis.set_xlabel("step")
+    add_legend(figure, axes[0])
+    save_figure(figure, path)
+
+
+def running_mean(values_N, width):
+    """Centred mean over 2 * width + 1 neighbours, fewer at the ends; NaN counts as missing."""
+    known_N = np.isfinite(values_N)
+    window = np.ones(2 * width + 1)
+    sums_N = np.convolve(np.where(known_N, values_N, 0.0), window)[width:-width]
+    counts_N = np.convolve(known_N.astype(float), window)[width:-width]
+    return np.where(counts_N > 0, sums_N / np.maximum(counts_N, 1), np.nan)
+
+
+def short_names(paths):
+    """A label for each path: its last part, or the whole path where two end alike."""
+    last = [Path(path).name or str(path) for path in paths]
+    return [str(path) if last.count(name) > 1 else name for path, name in zip(paths, last)]
+
+
+def read_metrics(run_dir):
+    """{name: {step: value}} of the numbers in a run's metrics.jsonl; of a step written twice the later line counts."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"--plot {run_dir}: holds no metrics.jsonl")
+    curves = defaultdict(dict)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line or "{}")
+        except ValueError as error:
+            if number == len(lines):  # a run that is being written, or was killed while writing
+                break
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from error
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool) and "step" in row:
+                curves[name][row["step"]] = value
+    if not curves:
+        raise InputError(f"{path}: no line with a step and a number")
+    return curves
+
+
+def plot_evaluations(names, evaluations, path):
+    """Accuracy by level (or by domain) and pass@k of several checkpoints, with 95 % intervals, as a PNG.
+
+    `evaluations`: for each name a dict with the results of `evaluate` under "sampled", "greedy" or both.
+    """
+    main = [runs.get("sampled") or runs["greedy"] for runs in evaluations]
+    kind = "by_level" if len(main[0]["by_level"]) > 1 else "by_domain"
+    ks = sorted(int(key[5:]) for key in main[0] if re.fullmatch(r"pass@\d+", key))
+    figure, axes = new_figure(2 if len(ks) > 1 else 1, n_columns=2)
+    groups = list(main[0][kind])
+    for i, (name, result) in enumerate(zip(names, main)):
+        color, shift = COLORS[i % len(COLORS)], 0.12 * (i - (len(main) - 1) / 2)
+        x = np.arange(len(groups)) + shift
+        accuracy, low, high = (np.array([100 * result[kind][group][key] for group in groups])
+                               for key in ("accuracy", "low", "high"))
+        how = f"mean of {result['n']} at T = {result['temperature']:g}" if "sampled" in evaluations[i] else "greedy"
+        axes[0].errorbar(x, accuracy, [np.maximum(accuracy - low, 0), np.maximum(high - accuracy, 0)], color=color,
+                         marker="o", markersize=5, linewidth=1.4, elinewidth=1, capsize=2.5,
+                         label=f"{name}, {how}")
+        if {"sampled", "greedy"} <= set(evaluations[i]):
+            axes[0].plot(x, [100 * evaluations[i]["greedy"][kind][group]["accuracy"] for group in groups], color=color,
+                         marker="D", markersize=5, markerfacecolor="white", linestyle="", label=f"{name}, greedy")
+        if len(ks) > 1:
+            axes[1].fill_between(ks, *([100 * result[f"pass@{k}/{end}"] for k in ks] for end in ("low", "high")),
+                                 color=color, alpha=0.15, linewidth=0)
+            axes[1].plot(ks, [100 * result[f"pass@{k}"] for k in ks], color=color, marker="o", markersize=5)
+    axes[0].set_xticks(range(len(groups)), [str(group) or "all" for group in groups])
+    axes[0].set_xlabel(kind[3:])
+    axes[0].set_title("accuracy, %", loc="left", fontsize=10)
+    if len(ks) > 1:
+        axes[1].set_xscale("log", base=2)
+        axes[1].set_xticks(ks, map(str, ks))
+        axes[1].set_xlabel("k samples")
+        axes[1].set_title("pass@k, %: one of k samples is right", loc="left", fontsize=10)
+    for axis in axes:
+        axis.set_ylim(-2, 102)
+    add_legend(figure, axes[0], n_columns=2)
+    save_figure(figure, path)
+
+
+# --- main ---
+
+
+def flag(default, help):
+    """One command-line flag: its default and what it means."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    dataset_name: str = flag("chain", "chain, gsm8k, math500, aime24, aime25, amc23, reasoning_gym:TASK, a local file "
+                                      "or folder, or a hub data set: owner/name or owner/name:configuration")
+    split: str = flag("test", "split of the data set")
+    n_problems: int = flag(256, "problems, drawn by the seed; 0: all there are")
+    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
+    answer_column: str = flag("", "column that holds the answer; empty: found by its usual names")
+    levels: str = flag("", "difficulty levels, such as 1-3 or 1,4; empty: all (`chain`: 1-5)")
+    domains: str = flag("", "kinds of problem, such as add,mul; empty: all")
+    prompt_template: str = flag("{prompt}", "text around each prompt, with {prompt} where it goes")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
+    n: int = flag(8, "samples a problem")
+    k: str = flag("", "sizes for pass@k and maj@k, such as 1,4,8; empty: 1, 2, 4, ... up to n")
+    temperature: float = flag(1.0, "of the samples; 0: greedy decoding only, then n is 1")
+    top_p: float = flag(1.0, "sample from the fewest tokens that hold this much probability; 1: from all")
+    greedy: bool = flag(True, "decode once at temperature 0 as well")
+    max_new_tokens: int = flag(256, "tokens a completion may take")
+    batch_size: int = flag(256, "completions decoded side by side")
+    bf16: bool | None = flag(None, "weights in bfloat16; unset: on a GPU")
+    seed: int = flag(0, "of the choice of problems, the samples and the intervals")
+    output_dir: str = flag("runs/eval", "where eval.json, samples.jsonl and eval.png go; with --plot: curves.png")
+    plot: list[str] = flag([], "draw the training curves of these run folders instead")
+
+
+def parse_command(arguments=None):
+    """(Config, checkpoints) from the command line; InputError for what is no flag or has an unusable value."""
+    parser = HfArgumentParser(Config, usage="eval.py CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
+                              description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", help="model folders or hub names; all are compared to the first")
+
+    def fail(message):  # argparse would print the whole usage
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
+    config, named, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,
+                                                             look_for_args_file=False)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    return config, named.checkpoints + rest  # checkpoints that stand behind flags are left over by argparse
+
+
+def read_ks(config):
+    """The k of pass@k. Raises InputError for flags that contradict each other."""
+    for name, least in (("n", 1), ("n_problems", 0), ("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {least} or more")
+    if not 0 < config.top_p <= 1:
+        raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
+    if config.temperature == 0 and config.n > 1:
+        raise InputError(f"--n {config.n}: at --temperature 0 all samples are the same; use --n 1")
+    words = [word.strip() for word in config.k.split(",")] if config.k else []
+    if not all(word.isdecimal() and 1 <= int(word) <= config.n for word in words):
+        raise InputError(f"--k {config.k}: write sizes like 1,4,8, each from 1 to --n {config.n}")
+    return sorted(set(map(int, words))) or [2 ** i for i in range(config.n.bit_length())]
+
+
+def run_evaluations(config, checkpoints, problems, ks):
+    """For each checkpoint {"greedy": ..., "sampled": ...} as `evaluate` returns them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = device == "cuda" if config.bf16 is None else config.bf16
+    load = partial(load_model, dtype=torch.bfloat16 if bf16 else torch.float32, seed=config.seed,
+                   chat_template=config.chat_template)
+    for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
+        load(checkpoint)
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {config.output_dir}: {error.strerror}") from error
+    evaluations = []
+    for checkpoint in checkpoints:
+        model, tokenizer = load(checkpoint)
+        model.to(device)
+        shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "batch_size": config.batch_size,
+                  "progress": sys.stderr.isatty()}
+        runs = {}
+        if config.greedy or config.temperature == 0:
+            runs["greedy"] = evaluate(model, tokenizer, problems, temperature=0.0, **shared)
+        if config.temperature > 0:
+            runs["sampled"] = evaluate(model, tokenizer, problems, n=config.n, k=ks, temperature=config.temperature,
+                                       top_p=config.top_p, **shared)
+        evaluations.append(runs)
+    return evaluations
+
+
+def compare(checkpoints, evaluations, seed):
+    """Each later checkpoint against the first on the same problems: a list of dicts."""
+    return [{"checkpoint": checkpoint, "against": checkpoints[0],
+             **{mode: paired_comparison(evaluations[0][mode]["scores"], runs[mode]["scores"], seed) for mode in runs}}
+            for checkpoint, runs in zip(checkpoints[1:], evaluations[1:])]
+
+
+def results_table(config, checkpoints, evaluations, comparisons):
+    """What is printed: the accuracies, then by level and by domain, then the paired comparisons."""
+    first = evaluations[0]
+    main = "sampled" if "sampled" in first else "greedy"
+    title = f"{config.dataset_name}, {config.split}: {first[main]['n_problems']} problems"
+    if main == "sampled":
+        title += f", {config.n} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
+    lines = [f"{title}, at most {config.max_new_tokens} tokens, seed {config.seed}",
+             "percent, in brackets the 95 % interval over problems"]
+    columns = [("greedy", "greedy", "accuracy")] if "greedy" in first else []
+    if main == "sampled":
+        columns += [(f"avg@{config.n}", main, "accuracy")]
+        columns += [(key, main, key) for key in first[main] if re.fullmatch(r"(pass|maj)@\d+", key) and key != "pass@1"]
+    rows = [["", *(title for title, _, _ in columns), "no answer", "cut off", "tokens"]]
+    for checkpoint, runs in zip(checkpoints, evaluations):
+        cells = [percent(*(runs[mode][f"{key}{end}"] for end in ("", "/low", "/high"))) for _, mode, key in columns]
+        rows.append([checkpoint, *cells, percent(runs[main]["parse_fail"]), percent(runs[main]["truncated"]),
+                     f"{runs[main]['mean_length']:.1f}"])
+    lines += ["", *align(rows)]
+    for group in ("level", "domain"):
+        values = list(first[main][f"by_{group}"])
+        if len(values) > 1:
+            rows = [[f"{main}, by {group}", *map(str, values)]]
+            rows += [[checkpoint, *(percent(runs[main][f"by_{group}"][value]["accuracy"]) for value in values)]
+                     for checkpoint, runs in zip(checkpoints, evaluations)]
+            lines += ["", *align(rows)]
+    for comparison in comparisons:
+        lines += ["", f"{comparison['checkpoint']} minus {comparison['against']}, on the same problems"]
+        rows = []
+        for mode in ("greedy", "sampled"):
+            if mode in comparison:
+                paired = comparison[mode]
+                p = "" if paired["mcnemar_p"] is None else f", McNemar p = {paired['mcnemar_p']:.2g}"
+                rows.append([f"  {mode}", percent(paired["difference"], paired["low"], paired["high"], sign="+"),
+                             f"better on {paired['n_better']}, worse on {paired['n_worse']}{p}"])
+        lines += align(rows)
+    return "\n".join(lines)
+
+
+def percent(share, low=None, high=None, sign=""):
+    """
+    >>> percent(0.5), percent(0.1, -0.05, 0.25, sign="+")
+    ('50.0', '+10.0 [-5.0 +25.0]')
+    """
+    text = f"{100 * share:{sign}.1f}"
+    return text if low is None else f"{text} [{100 * low:{sign}.1f} {100 * high:{sign}.1f}]"
+
+
+def align(rows):
+    """Lines with the columns below each other, the first one left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+            for row in rows]
+
+
+def write_results(config, checkpoints, evaluations, comparisons, problems):
+    """eval.json, samples.jsonl and eval.png in the output folder; each replaces an older one only when it is whole."""
+    folder = Path(config.output_dir)
+    digest = hashlib.sha256(json.dumps([[problem.prompt, problem.answer] for problem in problems]).encode()).hexdigest()
+    summary = {"flags": asdict(config), "problems_sha256": digest,
+               "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                            "transformers": transformers.__version__},
+               "evaluations": [{"checkpoint": checkpoint} | {
+                   mode: {key: value for key, value in result.items() if key not in ("records", "scores")}
+                   for mode, result in runs.items()} for checkpoint, runs in zip(checkpoints, evaluations)],
+               "comparisons": comparisons}
+    samples = [json.dumps({"checkpoint": checkpoint, "decoding": mode, **record}, ensure_ascii=False)
+               for checkpoint, runs in zip(checkpoints, evaluations) for mode, result in runs.items()
+               for record in result["records"]]
+    for name, text in (("samples.jsonl", "\n".join(samples)), ("eval.json", json.dumps(summary, indent=1))):
+        (folder / f"{name}.tmp").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(folder / f"{name}.tmp", folder / name)
+    plot_evaluations(short_names(checkpoints), evaluations, folder / "eval.png")
+
+
+def main(arguments=None):
+    config, checkpoints = parse_command(arguments)
+    folder = Path(config.output_dir)
+    if config.plot:
+        plot_runs(config.plot, folder / "curves.png")
+        print(folder / "curves.png")
+        return
+    if not checkpoints:
+        raise InputError("name at least one checkpoint: eval.py CHECKPOINT [CHECKPOINT ...] (--help says more)")
+    ks = read_ks(config)
+    problems = load_problems(config.dataset_name, config.split, config.n_problems or None, config.seed,
+                             prompt_column=config.prompt_column, answer_column=config.answer_column,
+                             levels=config.levels, domains=config.domains, prompt_template=config.prompt_template)
+    evaluations = run_evaluations(config, checkpoints, problems, ks)
+    comparisons = compare(checkpoints, evaluations, config.seed)
+    write_results(config, checkpoints, evaluations, comparisons, problems)
+    print(results_table(config, checkpoints, evaluations, comparisons))
+    print(f"\n{folder}: eval.json, samples.jsonl, eval.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,862 @@
+"""Cold start: supervised fine-tuning of a language model on worked solutions.
+
+    loss = - sum over trained tokens of log p(token | everything before it) / number of trained tokens in the step
+
+Trained tokens are the solution (the assistant's turns) and the token that ends each turn; prompts never are. The
+divisor spans the whole optimizer step over all processes, so the flags about memory change memory and speed, never
+the gradient. Against TRL's SFTTrainer: `messages` train the assistant's turns alone by default; each turn is trained
+in exactly the context that sampling would give it; an example over --max_length is left out and counted instead of
+cut short; rows are sorted by length into micro-batches, right-padded and unmasked (a causal model never looks
+right, so padding needs no mask and attention takes its fastest path); only trained positions meet the output head.
+
+Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocabulary · D model width · N trained tokens.
+
+    python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: a minute
+    python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-gsm8k \
+        --learning_rate 1e-5 --max_steps 300 --per_device_train_batch_size 32             # one GPU
+    torchrun --nproc-per-node 8 sft.py --fsdp ...                                         # several GPUs
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser
+
+from eval import (InputError, encode_prompt, end_of_turn, evaluate, load_model, load_problems, plot_runs, read_rows,
+                  softcap)
+from kernels import linear_logps
+
+# --- config ---
+
+
+def flag(default, help):
+    """One command-line flag: its default and what it means."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    model_name_or_path: str = flag("tiny", "a hub name, a local folder, or `tiny`: 0.6 M random weights, built in")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
+    dataset_name: str = flag("chain", "a problem set (see eval.py), a local file, or a hub data set; TRL's formats too")
+    dataset_train_split: str = flag("train", "split to train on")
+    dataset_test_split: str = flag("validation", "split to evaluate on")
+    eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
+    n_train: int = flag(20000, "problems to train on; 0: all (an endless set such as `chain` needs a number)")
+    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
+    answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
+    prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
+    levels: str = flag("1-5", "`chain`: difficulty levels, such as 1-3 or 1,4")
+    domains: str = flag("", "`chain`: kinds of operation, such as add,mul; empty: all")
+    error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
+    output_dir: str = flag("runs/sft", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
+    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
+    resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
+    per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
+    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
+    micro_batch_tokens: int = flag(2048, "padded tokens in one forward at most; 0: no limit; memory and speed only")
+    max_steps: int = flag(500, "optimizer steps")
+    num_train_epochs: float = flag(0.0, "passes over the data; above 0 it decides instead of max_steps")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 2e-3 under 10 M parameters, 2e-5 (TRL's) above")
+    lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up")
+    warmup_steps: int = flag(20, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
+    max_length: int = flag(1024, "tokens; longer examples are left out and counted (TRL cuts them short)")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
+    bf16: bool | None = flag(None, "bfloat16 products with float32 weights; unset: on a GPU")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
+    logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
+    eval_steps: int = flag(250, "evaluate (greedy) every so many steps and at the end; 0: never")
+    n_eval: int = flag(128, "problems to evaluate on")
+    max_completion_length: int = flag(128, "tokens sampled per problem in evaluation")
+    save_steps: int = flag(100, "checkpoint every so many steps; 0: only when stopped and at the end")
+    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
+    seed: int = flag(0, "of weights, data and order")
+    report_to: str = flag("none", "none, or wandb")
+
+
+# --- loss ---
+
+
+def nll_loss(logps_BS, mask_BS, n_tokens):
+    """Negative log-likelihood in nats, summed over trained tokens / n_tokens, the count of the whole optimizer step."""
+    return -(logps_BS * mask_BS).sum() / n_tokens
+
+
+# --- data ---
+
+
+class Example(NamedTuple):
+    ids: list  # token ids
+    trained: list  # bool for each id: is it trained on?
+
+
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def chat_examples(tokenizer, messages):
+    """Every assistant turn of a conversation, each in the context the chat template would give it when sampling.
+
+    Turns share one example as long as the template only appends; where it rewrites earlier turns (some drop the
+    thinking of all turns but the last), the next turn starts an example of its own.
+    """
+    examples = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answer = turn(tokenizer, messages[:i], message["content"])
+        if examples and prompt[: len(examples[-1].ids)] == examples[-1].ids:
+            so_far = examples.pop()
+        else:
+            so_far = Example([], [])
+        between = prompt[len(so_far.ids) :]
+        examples.append(Example(so_far.ids + between + answer,
+                                so_far.trained + [False] * len(between) + [True] * len(answer)))
+    return examples
+
+
+def row_examples(tokenizer, row, where):
+    """The examples of one row in any of TRL's formats (messages; prompt and completion; text) or one Problem."""
+    if "messages" in row:
+        examples = chat_examples(tokenizer, row["messages"])
+    elif "text" in row:
+        ids = tokenizer(row["text"]).input_ids
+        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+        examples = [Example(ids, [True] * len(ids))]
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(completion, list):  # chat: the last message is what is trained
+            prompt, completion = prompt + completion[:-1], completion[-1]["content"]
+        prompt, answer = turn(tokenizer, prompt, completion)
+        examples = [Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
+    else:
+        raise InputError(f"{where}: has columns {sorted(row)}; wanted: messages, or prompt and completion, or text")
+    if not any(any(example.trained[1:]) for example in examples):
+        raise InputError(f"{where}: no token to train on (no assistant turn, or an empty solution)")
+    return examples
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def load_rows(config):
+    """The training data as a list of rows in TRL's formats, and where each stands, for error messages."""
+    name, split = config.dataset_name, config.dataset_train_split
+    if Path(name).exists():
+        rows = read_rows(name, split)
+        if any(key in rows[0] for key in ("messages", "completion", "text")):
+            return rows[: config.n_train or None]
+    problems = load_train_problems(config, error_rate=config.error_rate)
+    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer} for problem in problems]
+
+
+def make_examples(rows, tokenizer, config):
+    """Every row's examples, those over --max_length left out (and said). Raises InputError where none is left."""
+    examples = [e for i, row in enumerate(rows)
+                for e in row_examples(tokenizer, row, f"--dataset_name {config.dataset_name}: row {i + 1}")]
+    kept = [e for e in examples if len(e.ids) <= config.max_length]
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer")
+    if len(kept) < len(examples):
+        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer "
+              "and left out")
+    return kept
+
+
+def rows_of_step(n_rows, rows_per_step, step, seed):
+    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
+
+    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
+    """
+    first, indices = step * rows_per_step, []
+    while len(indices) < rows_per_step:
+        epoch, offset = divmod(first + len(indices), n_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
+    return indices
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
+
+
+class Batch(NamedTuple):
+    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
+    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
+    where_N: torch.Tensor  # the true places of mask_BS, flattened
+    rows: list  # the index of each row in its step
+
+
+def collate(examples, rows, device):
+    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
+    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
+    width = max(len(example.ids) for example in chosen)
+    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
+    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
+    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
+    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
+
+
+# --- model ---
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, temperature=1.0, entropy=False):
+        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
+
+        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
+        """
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
+        B, S = batch.mask_BS.shape
+        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
+                     for x_N in found)
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(config):
+    """Joins the processes that torchrun started, or stands alone."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or config.fsdp:
+        store = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=config.ddp_timeout), **store)
+    return World(rank, size, device)
+
+
+def barrier():
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values, world):
+    """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def on_rank_0(function, world):
+    """What function() returns on rank 0, or raises there as InputError, on every process."""
+    outcome = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def distribute(model, config, world):
+    """The Policy of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(Policy(model.train().to(world.device)), config)
+    ddp = world.size > 1 and not config.fsdp
+    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
+
+
+def shard(policy, config):
+    """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
+    if config.fsdp:
+        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
+        for layer in policy.model.base_model.layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+def unwrap(policy):
+    """The Policy inside DDP; never for a forward whose gradient is wanted, which must go through the wrapper."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def make_decoder(model, config):
+    """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
+    if not config.fsdp and not torch.cuda.is_available():
+        return model
+    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(decoder, policy):
+    """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
+    for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
+        if target is not source:
+            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def make_optimizer(policy, config):
+    """AdamW; decay on matrices only. Its learning rate is set at each step."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def scheduled_rate(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
+
+    The first step already moves (transformers' own schedules spend it at rate 0).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def train_step(policy, optimizer, batches, loss_of, step, config, world):
+    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
+
+    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
+    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
+    finite, nothing moves: neither the weights nor the optimizer.
+    """
+    sums = {"loss": 0.0}
+    for i, batch in enumerate(batches):
+        waits = isinstance(policy, DistributedDataParallel) and i < len(batches) - 1  # gradients travel once a step
+        with policy.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+                loss, numbers = loss_of(policy, batch)
+            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the sum is meant
+        for name, value in {"loss": loss.detach(), **numbers}.items():
+            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, config)
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers, taken
+
+
+# --- run ---
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why. Scripts print it and exit with 1; the last checkpoint is whole."""
+
+
+def write_json(path, value):
+    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append_line(path, value):
+    """Adds one JSON line to a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Has the system write a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint, in words, or None: every file must have the size and hash of the manifest."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
+
+
+def newest_checkpoint(run):
+    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
+    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+    for checkpoint in found:
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"{checkpoint}: {fault}; falling back to the checkpoint before it", file=sys.stderr)
+    if found:
+        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
+    return None
+
+
+def weight_tensors(policy):
+    """The policy's weights by name, sharing their memory."""
+    return {name: parameter.detach() for name, parameter in unwrap(policy).named_parameters()}
+
+
+def optimizer_tensors(policy, optimizer):
+    """The optimizer's state as a flat dict of tensors, `parameter name.state name`; zeros where it has not begun."""
+    tensors = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                             exp_avg_sq=torch.zeros_like(parameter))
+            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
+    return tensors
+
+
+def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors=None):
+    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two.
+
+    `state` is a dict for JSON with its "step"; `tensors` whatever else must survive. Everything is written under
+    another name, synced, listed in a manifest with sizes and hashes, and renamed. Without --fsdp the folder is also
+    a model that from_pretrained loads. Raises RunError where the disk does not take it; older ones stay.
+    """
+    final = run / "checkpoints" / f"step_{state['step']}"
+    aside = final.with_name(final.name + ".tmp")
+    try:
+        if world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        if config.fsdp:
+            shards = {**weight_tensors(policy), **optimizer_tensors(policy, optimizer)}
+            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(aside / "shards"), save_distributed=True))
+        if world.rank == 0:
+            model = unwrap(policy).model
+            if config.fsdp:
+                model.config.save_pretrained(aside)
+            else:
+                model.save_pretrained(aside)
+                save_file(optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
+            tokenizer.save_pretrained(aside)
+            save_file(tensors or {}, aside / "tensors.safetensors")
+            write_json(aside / "state.json", state)
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            for path in files:
+                sync(path)
+            write_json(aside / "manifest.json",
+                       {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
+            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            os.rename(aside, final)
+            sync(final.parent)
+            older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
+            keep = max((step for step in older if step < state["step"]), default=None)
+            for step in set(older) - {keep}:  # later ones belong to a course that was given up
+                shutil.rmtree(older[step])
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({error}); "
+                       "older checkpoints are kept, and the same command continues from them") from error
+    barrier()
+
+
+def load_checkpoint(checkpoint, policy, optimizer, config):
+    """Brings the optimizer (and under FSDP the weights) back, in place: (state, tensors) as they were saved."""
+    saved = optimizer_tensors(policy, optimizer)
+    if config.fsdp:
+        shards = {**weight_tensors(policy), **saved}
+        dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(checkpoint / "shards")))
+    else:
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            saved[name].copy_(tensor)
+    return json.loads((checkpoint / "state.json").read_text()), load_file(checkpoint / "tensors.safetensors")
+
+
+FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+              "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
+              "per_device_train_batch_size", "gradient_accumulation_steps"}  # may change when a run is continued
+
+
+def open_run(config, args):
+    """Looks at --output_dir before any long work: (the checkpoint to continue from or None, is the run finished?).
+
+    An unfinished run with the same flags is continued; anything else found in the folder raises InputError.
+    """
+    run = Path(config.output_dir)
+    model = Path(config.model_name_or_path).resolve()
+    if run.resolve() in (model, *model.parents):
+        raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
+    if config.overwrite and (run / "args.json").is_file():
+        shutil.rmtree(run)
+    if not run.exists() or not any(run.iterdir()):
+        return None, False
+    if not (run / "args.json").is_file():
+        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
+    before = json.loads((run / "args.json").read_text())
+    for name in ("script", "rows_per_step"):
+        if before[name] != args[name]:
+            raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
+                             "--overwrite deletes it")
+    for name, value in args["flags"].items():
+        if name not in FREE_FLAGS and before["flags"].get(name) != value:
+            raise InputError(f"--{name} {value}: the run in --output_dir {run} has {before['flags'].get(name)}; "
+                             "--overwrite deletes it")
+    if before["finished"]:
+        print(f"{run}: finished already; --overwrite starts over")
+        return None, True
+    if config.resume_from_checkpoint == "auto":
+        return newest_checkpoint(run), False
+    chosen = Path(config.resume_from_checkpoint)
+    if fault := fault_of(chosen):
+        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
+    return chosen, False
+
+
+def run_args(config, world):
+    """What args.json says: every flag, and all else one needs to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "git_commit": git.stdout.strip() or None, "finished": False}
+
+
+def begin_run(config, world, resume, args, data):
+    """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
+
+    `data` is hashed, so that a run is never continued on other data: InputError.
+    """
+    run, digest = Path(config.output_dir), hashlib.sha256(repr(data).encode()).hexdigest()
+    if world.rank != 0:
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        write_json(run / "args.json", {**args, "data_sha256": digest})
+    elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
+        raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
+                         "over")
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
+            path.with_suffix(".tmp").write_text("".join(lines))
+            os.replace(path.with_suffix(".tmp"), path)
+    print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
+    return run
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+
+    def agreed(self, world):
+        """The signal any process has received, the same on all of them; 0 for none."""
+        number = torch.tensor(self.number, device=world.device)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+class Log:
+    """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
+
+    def __init__(self, run, config, world):
+        self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
+        self.began, self.steps_done = time.perf_counter(), 0
+        if self.active and config.report_to == "wandb":
+            import wandb
+            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=asdict(config),
+                                    id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12], resume="allow")
+
+    def step(self, step, numbers, show, tokens, seconds):
+        """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
+        repeatable from run to run; all others are."""
+        self.steps_done += 1
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                "time/peak_memory_gb": memory / 2**30}
+        append_line(self.path, line)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        if step % self.config.logging_steps == 0 or step == self.config.max_steps:
+            mean = (time.perf_counter() - self.began) / self.steps_done
+            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
+            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
+                  f"{mean:.2f} s/step  eta {left}", flush=True)
+
+
+def peak_rss():
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def end_run(run, policy, tokenizer, world):
+    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
+    model = unwrap(policy).model
+    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()
+               if isinstance(parameter, DTensor)} or None
+    if world.rank == 0:
+        aside = run / "export.tmp"
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            os.replace(path, run / path.name)
+        aside.rmdir()
+        plot_runs([run], run / "curves.png")
+        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+    barrier()
+
+
+def check_frame(config):
+    """Raises InputError for flags that every script has and that cannot be meant."""
+    choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
+               "report_to": ("none", "wandb")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
+              "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
+              "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
+              "eval_steps": 0, "n_train": 0, "seed": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    if "{prompt}" not in config.prompt_template:
+        raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
+
+
+def note_step(run, state, taken, rows, config, world):
+    """Counts the step; one not taken is written down with its rows. RunError after --max_bad_steps in a row."""
+    state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
+    if taken:
+        return
+    if world.rank == 0:
+        append_line(run / "bad_steps.jsonl", {"step": state["step"], "rows": rows})
+        print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
+              f"{run / 'bad_steps.jsonl'}", file=sys.stderr)
+    if state["bad_steps"] >= config.max_bad_steps:
+        raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
+                       "(--max_bad_steps); the weights are those of the last good step")
+
+
+def load_eval_problems(config):
+    """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
+    name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if not config.eval_steps or not name:
+        return []
+    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
+                         domains=config.domains, prompt_column=config.prompt_column,
+                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+
+
+def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
+    """Greedy accuracy on `problems` by eval.py's own path: numbers to log; a few samples go to samples.jsonl."""
+    refresh(decoder, policy)
+    numbers = {}
+    if world.rank == 0:
+        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
+        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        for record in result["records"][:4]:
+            append_line(run / "samples.jsonl", {"step": step, **record})
+    barrier()
+    return numbers
+
+
+def fill_defaults(config, model, small, large):
+    """Settles what depends on the model and machine: the learning rate (`small` under 10 M parameters) and bf16."""
+    if not config.learning_rate:
+        config.learning_rate = small if model.num_parameters() < 10_000_000 else large
+    config.bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
+
+
+def show_example(example, tokenizer):
+    """Prints one example; what is trained on stands in green, or in brackets where the output is not a terminal."""
+    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    text, inside = "", False
+    for token, trained in zip(example.ids, example.trained):
+        text += (end if inside and not trained else "") + (begin if trained and not inside else "")
+        text, inside = text + tokenizer.decode([token]), trained
+    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
+
+
+def read_config(Config):
+    """The command line as a Config; InputError for what is no flag."""
+    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                              formatter_class=RawDescriptionHelpFormatter)
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    return config
+
+
+def launch(main, Config):
+    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped."""
+    code = 0
+    try:
+        main(read_config(Config))
+    except (InputError, RunError, OSError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# --- main ---
+
+
+def main(config):
+    check_frame(config)
+    if config.max_length < 2:
+        raise InputError(f"--max_length {config.max_length}: must be 2 or more")
+    world = start_world(config)
+    args = run_args(config, world)
+    resume, finished = on_rank_0(lambda: open_run(config, args), world)
+    if finished:
+        return
+    rows, problems = load_rows(config), load_eval_problems(config)
+    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
+                                  seed=config.seed, chat_template=config.chat_template)
+    fill_defaults(config, model, small=2e-3, large=2e-5)
+    examples = make_examples(rows, tokenizer, config)
+    if config.num_train_epochs:
+        config.max_steps = math.ceil(config.num_train_epochs * len(examples) / args["rows_per_step"])
+    run = begin_run(config, world, resume, args, examples)
+
+    decoder = make_decoder(model, config)
+    policy = distribute(model, config, world)
+    optimizer = make_optimizer(policy, config)
+    state = load_checkpoint(resume, policy, optimizer, config)[0] if resume else {"step": 0, "bad_steps": 0}
+    log, stop = Log(run, config, world), StopSignal()
+    if world.rank == 0:
+        show_example(examples[0], tokenizer)
+
+    while state["step"] < config.max_steps:
+        began, step = time.perf_counter(), state["step"]
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+        indices = rows_of_step(len(examples), args["rows_per_step"], step, config.seed)
+        chosen = [examples[i] for i in indices]
+        n_tokens = sum(sum(example.trained[1:]) for example in chosen)
+        parts = micro_batches([len(example.ids) for example in chosen], config.per_device_train_batch_size,
+                              config.micro_batch_tokens, world)
+
+        def loss_of(policy, batch):
+            logps_BS, _ = policy(batch)
+            return nll_loss(logps_BS, batch.mask_BS, n_tokens), {}
+
+        numbers, taken = train_step(policy, optimizer, [collate(chosen, part, world.device) for part in parts], loss_of,
+                                    step, config, world)
+        note_step(run, state, taken, indices, config, world)
+        numbers.update(learning_rate=scheduled_rate(step, config), num_tokens=n_tokens)
+        last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
+        if problems and (last or state["step"] % config.eval_steps == 0):
+            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, problems, config, world)
+        log.step(state["step"], numbers, ("loss", "eval/accuracy", "grad_norm", "learning_rate"),
+                 sum(len(example.ids) for example in chosen), seconds)
+        stopping = stop.agreed(world)
+        if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world)
+        if stopping and not last:
+            sys.exit(128 + stopping)
+    end_run(run, policy, tokenizer, world)
+
+
+if __name__ == "__main__":
+    launch(main, Config)
