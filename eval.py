@@ -375,7 +375,7 @@ def parse_levels(text):
     levels = set()
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        if not match:
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise InputError(f"--levels {text}: write them like 1-5 or 1,3,5")
         levels.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(levels)
@@ -774,12 +774,12 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     """
     device, (B, T) = model.device, uniforms_BT.shape
     width = max(map(len, prompts))
-    ids_PT = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_PT = torch.zeros(len(prompts), width, dtype=torch.long)
+    ids_PW = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_PW = torch.zeros(len(prompts), width, dtype=torch.long)
     for i, prompt in enumerate(prompts):  # left-padded, so that all rows go on at the same column
-        ids_PT[i, width - len(prompt) :], mask_PT[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    padded = not bool(mask_PT.all())  # without padding no mask is passed: attention takes its fastest path
-    ids_PT, mask_PT, uniforms_BT = ids_PT.to(device), mask_PT.to(device), uniforms_BT.to(device)
+        ids_PW[i, width - len(prompt) :], mask_PW[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    padded = not bool(mask_PW.all())  # without padding no mask is passed: attention takes its fastest path
+    ids_PW, mask_PW, uniforms_BT = ids_PW.to(device), mask_PW.to(device), uniforms_BT.to(device)
     stop_K = torch.tensor(stop, device=device)
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logps_BT = torch.zeros(B, T, device=device)
@@ -787,30 +787,30 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     live_L = torch.arange(B, device=device)  # the row that each line of the shrinking batch stands for
 
     cache = new_cache(model)
-    places = {"attention_mask": mask_PT, "position_ids": (mask_PT.cumsum(1) - 1).clamp(0)} if padded else {}
-    logits_LV = model(input_ids=ids_PT, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
+    places = {"attention_mask": mask_PW, "position_ids": (mask_PW.cumsum(1) - 1).clamp(0)} if padded else {}
+    logits_LV = model(input_ids=ids_PW, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
     logits_LV = logits_LV.repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    mask_LT = mask_PT.repeat_interleave(n, 0)
+    mask_LW = mask_PW.repeat_interleave(n, 0)
     for t in range(T):
-        next_L, logps_L = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
-        tokens_BT[live_L, t], logps_BT[live_L, t] = next_L, logps_L
+        next_L, logps_BT[live_L, t] = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
+        tokens_BT[live_L, t] = next_L
         done_B[live_L] |= torch.isin(next_L, stop_K)
         if t == T - 1:
             break
         if device.type == "cpu" or t % 16 == 15:  # to look at `done` is to wait for the GPU, so not at every token
-            going_L = ~done_B[live_L]
-            n_going = int(going_L.sum())
+            going = ~done_B[live_L]
+            n_going = int(going.sum())
             tick(t, n_going)
             if n_going == 0:
                 break
             if n_going <= 0.9 * len(live_L):
-                keep = going_L.nonzero()[:, 0]
+                keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                live_L, next_L, mask_LT = live_L[keep], next_L[keep], mask_LT[keep]
+                live_L, next_L, mask_LW = live_L[keep], next_L[keep], mask_LW[keep]
         if padded:
-            mask_LT = torch.cat([mask_LT, mask_LT.new_ones(len(mask_LT), 1)], 1)
-            places = {"attention_mask": mask_LT, "position_ids": mask_LT.sum(1, keepdim=True) - 1}
+            mask_LW = torch.cat([mask_LW, mask_LW.new_ones(len(mask_LW), 1)], 1)
+            places = {"attention_mask": mask_LW, "position_ids": mask_LW.sum(1, keepdim=True) - 1}
         logits_LV = model(input_ids=next_L[:, None], past_key_values=cache, use_cache=True, **places).logits[:, -1]
     stopped_BT = torch.isin(tokens_BT, stop_K)
     finished_B = stopped_BT.any(1)

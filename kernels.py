@@ -18,12 +18,11 @@ E experts · I an expert's width · S = N K rows sorted by expert. Lower precisi
 fp64): bf16 logits would move a policy's probability ratios by up to 3 %.
 
 KERNELS=auto (default: Triton on a GPU, PyTorch elsewhere) | torch | triton (on a CPU this needs TRITON_INTERPRET=1).
-`python kernels.py` checks every operation against float64 (10 s) and, on a GPU, times it: one JSON line a row.
+`python kernels.py` checks every operation against float64 (6 s) and, on a GPU, times it: one JSON line a row.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -42,7 +41,8 @@ except ImportError:  # no Triton for this system: the PyTorch versions serve
 
 KERNELS = os.environ.get("KERNELS", "auto")
 if KERNELS not in ("auto", "torch", "triton") or (KERNELS == "triton" and triton is None):
-    sys.exit(f"KERNELS={KERNELS}: not one of auto, torch, triton, or triton is not installed")
+    print(f"KERNELS={KERNELS}: not one of auto, torch, triton, or triton is not installed", file=sys.stderr)
+    sys.exit(2)
 CACHE_ELEMENTS = 2**18  # 1 MiB of fp32, what a CPU core's second-level cache holds: row passes there go block by block
 jit = triton.jit if triton else lambda function: function
 
@@ -122,8 +122,8 @@ def logps_triton(z_BV, targets_BK, gain, want_entropy):
 def logps_torch(z_BV, targets_BK, gain, want_entropy):
     """The same in PyTorch; its gradient does without the lse."""
     logp_BV = (z_BV if gain is None else gain * z_BV.tanh()).log_softmax(-1)
-    entropy_B = -(logp_BV.exp() * logp_BV.clamp(min=-1e4)).sum(-1) if want_entropy else None
-    return logp_BV.gather(1, targets_BK), entropy_B, None
+    logps_BK = logp_BV.gather(1, targets_BK)
+    return logps_BK, -logp_BV.exp().mul_(logp_BV.clamp_(min=-1e4)).sum(-1) if want_entropy else None, None
 
 
 @jit
@@ -168,13 +168,15 @@ def logps_grad_torch(z_BV, targets_BK, results, grads, dz_BV, gain):
     tanh_BV = None if gain is None else z_BV.tanh()
     z_BV, minus_g_B1 = z_BV if gain is None else gain * tanh_BV, -g_BK.sum(-1, keepdim=True)
     if g_entropy_B is None:
-        d_BV = z_BV.softmax(-1).mul_(minus_g_B1)
+        d_BV = torch.softmax(z_BV, -1, out=z_BV).mul_(minus_g_B1)  # in place: the logits are not needed again
     else:
-        logp_BV = z_BV.log_softmax(-1).clamp_(min=-1e4)
+        logp_BV = torch.log_softmax(z_BV, -1, out=z_BV).clamp_(min=-1e4)
         p_BV = logp_BV.exp()
-        d_BV = p_BV.mul_(logp_BV.add_(results[1][:, None]).mul_(-g_entropy_B[:, None]).add_(minus_g_B1))
+        d_BV = logp_BV.add_(results[1][:, None]).mul_(-g_entropy_B[:, None]).add_(minus_g_B1).mul_(p_BV)
     d_BV.scatter_add_(1, targets_BK, g_BK)
-    dz_BV.copy_(d_BV if gain is None else d_BV.mul_(gain * (1 - tanh_BV.square())))
+    d_BV = d_BV if gain is None else d_BV.mul_(gain * (1 - tanh_BV.square()))
+    if d_BV.data_ptr() != dz_BV.data_ptr():
+        dz_BV.copy_(d_BV)
 
 
 # --- divergence of two rows of logits ---
@@ -297,15 +299,15 @@ class RowPlan(NamedTuple):
 
 def row_plan(hidden_ND, weight_VD, forward, backward, alpha, workspace_mb, n_logits=1):
     """RowPlan with the operands' type as F.linear would have it, and the largest even chunks within workspace_mb."""
-    device, low, (V, _) = hidden_ND.device.type, hidden_ND.dtype, weight_VD.shape
+    device, low, N, V = hidden_ND.device.type, hidden_ND.dtype, hidden_ND.shape[0], weight_VD.shape[0]
     if torch.is_autocast_enabled(device) and low != torch.float64:
         low = torch.get_autocast_dtype(device)
     high = torch.float64 if low == torch.float64 else torch.float32
     cuda = device == "cuda"
     budget = (2048 if cuda else 256) if workspace_mb is None else workspace_mb
     row_bytes = V * (n_logits * high.itemsize + (low.itemsize if cuda and low != high else 0))
-    n_chunks = -(-len(hidden_ND) // max(1, int(budget * 2**20) // row_bytes))
-    rows = max(1, -(-len(hidden_ND) // max(1, n_chunks)))
+    n_chunks = -(-N // max(1, int(budget * 2**20) // row_bytes))
+    rows = max(1, -(-N // max(1, n_chunks)))
     block = rows if use_triton(hidden_ND) or cuda else max(1, min(rows, CACHE_ELEMENTS // V))
     return RowPlan(forward, backward, alpha, low, high, rows, block)
 
@@ -331,7 +333,8 @@ def operand(tensor, plan):
     """Floats as the products take them. A CPU cannot multiply bf16 into fp32: there fp32 holds the rounded values."""
     if tensor is None or not tensor.is_floating_point():
         return tensor
-    return tensor.to(plan.low) if tensor.is_cuda else tensor.to(plan.low).to(plan.high)
+    tensor = tensor.to(plan.low)
+    return tensor if tensor.is_cuda or plan.low == plan.high else tensor.to(plan.high)
 
 
 def aligned_rows(B, V, dtype, device):
@@ -364,14 +367,18 @@ class LinearRows(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, side, side_weight, plan):
         ctx.set_materialize_grads(False)  # an output nobody used costs nothing
         h_ND, w_VD, s, sw = (operand(tensor, plan) for tensor in (hidden_ND, weight_VD, side, side_weight))
-        work, parts = new_workspace(h_ND, w_VD, sw, plan), []
-        for chunk in spans(len(h_ND), plan.rows):
+        N, work, results = h_ND.shape[0], new_workspace(h_ND, w_VD, sw, plan), None
+        for chunk in spans(N, plan.rows):
             z_BV, side_B = fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
-            parts += [plan.forward(z_BV[block], side_B[block]) for block in spans(len(z_BV), plan.block)]
-        results = tuple(None if part[0] is None else torch.cat(part) for part in zip(*parts))
+            for block in spans(z_BV.shape[0], plan.block):
+                part = plan.forward(z_BV[block], side_B[block])
+                results = results or [x if x is None else x.new_empty(N, *x.shape[1:]) for x in part]
+                for whole, x in zip(results, part):  # copied at once: kept, small tensors would fragment the heap
+                    if x is not None:
+                        whole[chunk][block] = x
         ctx.plan, ctx.held = plan, (work, (z_BV, side_B))  # the workspace still holds the last chunk's logits
         ctx.save_for_backward(hidden_ND, weight_VD, side, side_weight, *results)
-        return results
+        return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -386,11 +393,11 @@ class LinearRows(torch.autograd.Function):
         dz_BV = work[0] if h_ND.dtype == plan.high else aligned_rows(len(work[0]), len(w_VD), h_ND.dtype, h_ND.device)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dw_VD = torch.empty_like(w_VD, dtype=plan.high) if ctx.needs_input_grad[1] else None
-        for i, chunk in enumerate(reversed(spans(len(h_ND), plan.rows))):
+        for i, chunk in enumerate(reversed(spans(h_ND.shape[0], plan.rows))):
             z_BV, side_B = held or fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
-            held, dz = None, dz_BV[: len(z_BV)]
+            held, dz = None, dz_BV[: z_BV.shape[0]]
             chunk_results, chunk_grads = cut(results, chunk), cut(grads, chunk)
-            for block in spans(len(z_BV), plan.block):
+            for block in spans(z_BV.shape[0], plan.block):
                 plan.backward(z_BV[block], side_B[block], cut(chunk_results, block), cut(chunk_grads, block), dz[block])
             if dh_ND is not None:
                 product(dz, w_VD, dh_ND[chunk], plan.alpha)
@@ -398,6 +405,7 @@ class LinearRows(torch.autograd.Function):
                 product(dz.T, h_ND[chunk], dw_VD, plan.alpha, beta=min(i, 1))  # beta 0 overwrites, 1 adds
         dh_ND = None if dh_ND is None else dh_ND.to(hidden_ND.dtype)
         return dh_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype), None, None, None
+
 
 # --- operations ---
 
@@ -447,8 +455,7 @@ def linear_kl(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, *, kin
     forward, backward = (kl_triton, kl_grad_triton) if use_triton(hidden_ND) else (kl_torch, kl_grad_torch)
     plan = row_plan(hidden_ND, weight_VD, partial(forward, kind=kind, beta=beta),
                     partial(backward, kind=kind, beta=beta), 1 / temperature, workspace_mb, n_logits=2)
-    teacher = teacher_hidden_NH.detach(), teacher_weight_VH.detach()
-    return LinearRows.apply(hidden_ND, weight_VD, *teacher, plan)[0]
+    return LinearRows.apply(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, plan)[0]
 
 
 @torch.no_grad()
@@ -645,90 +652,6 @@ def sharded_mask(n_heads, n_kv_heads, stride, local_blocks=1, block=64, document
 
 # --- main ---
 
-
-def dense_logps(hidden_ND, weight_VD, targets_N, temperature=1.0, softcap=None):
-    """linear_logps as everybody writes it first, [N, V] and all: what checks and timings compare with."""
-    z_NV = F.linear(hidden_ND, weight_VD).to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    z_NV = z_NV if softcap is None else softcap * torch.tanh(z_NV / softcap)
-    logp_NV = (z_NV / temperature).log_softmax(-1)
-    return logp_NV.gather(1, targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
-
-
-def dense_kl(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, kind="forward", beta=0.5):
-    """linear_kl from both [N, V]."""
-    s_NV = F.linear(hidden_ND, weight_VD).to(torch.promote_types(hidden_ND.dtype, torch.float32)).log_softmax(-1)
-    t_NV = F.linear(teacher_hidden_NH, teacher_weight_VH).to(s_NV.dtype).log_softmax(-1)
-    m_NV = (beta * t_NV.exp() + (1 - beta) * s_NV.exp()).log()
-    if kind == "jsd":
-        return (beta * t_NV.exp() * (t_NV - m_NV) + (1 - beta) * s_NV.exp() * (s_NV - m_NV)).sum(-1)
-    p_NV, q_NV = (t_NV, s_NV) if kind == "forward" else (s_NV, t_NV)
-    return (p_NV.exp() * (p_NV - q_NV)).sum(-1)
-
-
-def dense_moe(x_ND, ids_NK, weights_NK, gate_up_EFD, down_EDI):
-    """moe_experts with every expert on every token."""
-    gate_ENI, up_ENI = torch.einsum("nd,efd->enf", x_ND, gate_up_EFD).chunk(2, -1)
-    y_END = torch.einsum("eni,edi->end", F.silu(gate_ENI) * up_ENI, down_EDI)
-    chosen_NKE = F.one_hot(ids_NK, len(down_EDI)).to(weights_NK.dtype)
-    return torch.einsum("nke,nk,end->nd", chosen_NKE, weights_NK, y_END.to(weights_NK.dtype))
-
-
-def check_cases(device, dtype):
-    """(name, fused, dense, inputs) at odd sizes: floats are differentiated where they require it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(*shape, scale=1.0, grad=True, dtype=dtype):
-        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype).requires_grad_(grad)
-
-    N, V, D, H, E, K, I = 70, 5003, 48, 40, 9, 3, 24
-    hidden, weight = leaf(N, D), leaf(V, D, scale=0.2)
-    teacher = leaf(N, H, grad=False), leaf(V, H, scale=0.2, grad=False)
-    targets = torch.randint(V, (N,), generator=generator).to(device)
-    for name, options in (("", {}), (" softcap", {"temperature": 0.7, "softcap": 5.0})):
-        fused = partial(linear_logps, workspace_mb=0.5, **options)  # several chunks
-        yield f"linear_logps{name}", fused, partial(dense_logps, **options), (hidden, weight, targets)
-    for kind in ("forward", "reverse", "jsd"):
-        fused = partial(linear_kl, kind=kind, beta=0.3, workspace_mb=0.5)
-        yield f"linear_kl {kind}", fused, partial(dense_kl, kind=kind, beta=0.3), (hidden, weight, *teacher)
-    ids = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(N)]).to(device)  # expert 8: empty
-    experts = leaf(E, 2 * I, D, scale=0.2), leaf(E, D, I, scale=0.2)
-    weights = torch.rand(N, K, generator=generator).to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
-    yield "moe_experts", moe_experts, dense_moe, (leaf(N, D), ids, weights, *experts)
-
-
-def relative_error(fused, dense, inputs):
-    """Largest error of an output or a gradient over that tensor's largest value, against dense in float64."""
-    tensors = []
-    for function, dtype in ((fused, None), (dense, torch.float64)):
-        leaves = [x.detach().to(dtype) if x.is_floating_point() and dtype else x.detach() for x in inputs]
-        leaves = [leaf.requires_grad_(x.requires_grad) for leaf, x in zip(leaves, inputs)]
-        outputs = function(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [torch.linspace(-1, 2, y.numel(), device=y.device, dtype=y.dtype).view_as(y) for y in outputs]
-        gradients = torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], upstream)
-        tensors.append([*outputs, *gradients])
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(*tensors))
-
-
-def main():
-    """Checks on poisoned memory; on a GPU the timings of tests/bench/bench_kernels.py follow."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
-    where = {"device": device, "kernels": "triton" if use_triton(torch.empty(0, device=device)) else "torch",
-             "torch": torch.__version__, "triton": getattr(triton, "__version__", None)}
-    failures = 0
-    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
-        for name, fused, dense, inputs in check_cases(device, dtype):
-            error = relative_error(fused, dense, inputs)
-            failures += not error < limit  # NaN fails too
-            print(json.dumps({"check": name, "dtype": str(dtype)[6:], "relative_error": float(f"{error:.2g}"),
-                              "limit": limit, "ok": error < limit, **where}))
-    torch.use_deterministic_algorithms(False)
-    if device == "cuda":
-        bench = Path(__file__).parent / "tests" / "bench" / "bench_kernels.py"
-        failures += subprocess.run([sys.executable, bench]).returncode
-    sys.exit(1 if failures else 0)
-
-
 if __name__ == "__main__":
-    main()
+    checks = Path(__file__).parent / "tests" / "bench" / "bench_kernels.py"
+    sys.exit(subprocess.run([sys.executable, checks, "check"]).returncode)

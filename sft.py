@@ -85,20 +85,20 @@ class Config:
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward at most; 0: no limit; memory and speed only")
-    max_steps: int = flag(500, "optimizer steps")
+    max_steps: int = flag(700, "optimizer steps")
     num_train_epochs: float = flag(0.0, "passes over the data; above 0 it decides instead of max_steps")
-    learning_rate: float = flag(0.0, "peak learning rate; 0: 2e-3 under 10 M parameters, 2e-5 (TRL's) above")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 2e-5 (TRL's) above")
     lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up")
     warmup_steps: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
     max_length: int = flag(1024, "tokens; longer examples are left out and counted (TRL cuts them short)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
-    bf16: bool | None = flag(None, "bfloat16 products with float32 weights; unset: on a GPU")
+    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
     fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
     ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
     logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
-    eval_steps: int = flag(250, "evaluate (greedy) every so many steps and at the end; 0: never")
+    eval_steps: int = flag(350, "evaluate (greedy) every so many steps and at the end; 0: never")
     n_eval: int = flag(128, "problems to evaluate on")
     max_completion_length: int = flag(128, "tokens sampled per problem in evaluation")
     save_steps: int = flag(100, "checkpoint every so many steps; 0: only when stopped and at the end")
@@ -125,8 +125,20 @@ class Example(NamedTuple):
 
 def turn(tokenizer, prompt, text):
     """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
     answer = tokenizer(text, add_special_tokens=False).input_ids
     return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    before = whole.rpartition(answer)[0]
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
 
 def chat_examples(tokenizer, messages):
@@ -150,16 +162,27 @@ def chat_examples(tokenizer, messages):
     return examples
 
 
+def checked(row, name, kinds, where):
+    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
+    value = row[name]
+    texts = [message.get(key) if isinstance(message, dict) else None for message in value
+             for key in ("role", "content")] if isinstance(value, list) else [value]
+    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
+        wanted = {str: "text", list: "messages with a role and a content"}
+        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
+    return value
+
+
 def row_examples(tokenizer, row, where):
     """The examples of one row in any of TRL's formats (messages; prompt and completion; text) or one Problem."""
     if "messages" in row:
-        examples = chat_examples(tokenizer, row["messages"])
+        examples = chat_examples(tokenizer, checked(row, "messages", (list,), where))
     elif "text" in row:
-        ids = tokenizer(row["text"]).input_ids
+        ids = tokenizer(checked(row, "text", (str,), where)).input_ids
         ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
         examples = [Example(ids, [True] * len(ids))]
     elif "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
+        prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
         if isinstance(completion, list):  # chat: the last message is what is trained
             prompt, completion = prompt + completion[:-1], completion[-1]["content"]
         prompt, answer = turn(tokenizer, prompt, completion)
@@ -356,9 +379,20 @@ def make_decoder(model, config):
 @torch.no_grad()
 def refresh(decoder, policy):
     """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
+    check_weights(policy)
     for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
         if target is not source:
             target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def check_weights(policy):
+    """Raises RunError, on every process, where a weight is not finite: such a policy is neither sampled nor saved."""
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in policy.parameters()]
+    total = sum(part.detach().sum() for part in parts)  # finite only if every term is
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    if not total.isfinite():
+        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
 
 
 def make_optimizer(policy, config):
@@ -502,9 +536,11 @@ def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, ten
     """
     final = run / "checkpoints" / f"step_{state['step']}"
     aside = final.with_name(final.name + ".tmp")
+    check_weights(policy)
     try:
         if world.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in final.parent.glob("*.tmp"):  # by a save that was killed
+                shutil.rmtree(left)
             aside.mkdir(parents=True)
         barrier()
         if config.fsdp:
@@ -532,10 +568,11 @@ def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, ten
             keep = max((step for step in older if step < state["step"]), default=None)
             for step in set(older) - {keep}:  # later ones belong to a course that was given up
                 shutil.rmtree(older[step])
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunError(f"the checkpoint of step {state['step']} could not be written ({error}); "
-                       "older checkpoints are kept, and the same command continues from them") from error
+        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
+                       "kept, and the same command continues from them") from error
     barrier()
 
 
@@ -565,13 +602,22 @@ def open_run(config, args):
     model = Path(config.model_name_or_path).resolve()
     if run.resolve() in (model, *model.parents):
         raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
+    chosen = None if config.resume_from_checkpoint == "auto" else Path(config.resume_from_checkpoint)
+    if chosen and (fault := "--overwrite deletes it" if config.overwrite else fault_of(chosen)):
+        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
     if config.overwrite and (run / "args.json").is_file():
-        shutil.rmtree(run)
-    if not run.exists() or not any(run.iterdir()):
+        for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+        if chosen:
+            raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
     if not (run / "args.json").is_file():
         raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
-    before = json.loads((run / "args.json").read_text())
+    try:
+        before = json.loads((run / "args.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
     for name in ("script", "rows_per_step"):
         if before[name] != args[name]:
             raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
@@ -583,12 +629,7 @@ def open_run(config, args):
     if before["finished"]:
         print(f"{run}: finished already; --overwrite starts over")
         return None, True
-    if config.resume_from_checkpoint == "auto":
-        return newest_checkpoint(run), False
-    chosen = Path(config.resume_from_checkpoint)
-    if fault := fault_of(chosen):
-        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
-    return chosen, False
+    return chosen or newest_checkpoint(run), False
 
 
 def run_args(config, world):
@@ -758,11 +799,9 @@ def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, wor
     return numbers
 
 
-def fill_defaults(config, model, small, large):
-    """Settles what depends on the model and machine: the learning rate (`small` under 10 M parameters) and bf16."""
-    if not config.learning_rate:
-        config.learning_rate = small if model.num_parameters() < 10_000_000 else large
-    config.bf16 = torch.cuda.is_available() if config.bf16 is None else config.bf16
+def fill_learning_rate(config, model, small, large):
+    """Settles --learning_rate 0: `small` for a model under 10 M parameters, else `large`."""
+    config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
 
 
 def show_example(example, tokenizer):
@@ -776,10 +815,15 @@ def show_example(example, tokenizer):
 
 
 def read_config(Config):
-    """The command line as a Config; InputError for what is no flag."""
+    """The command line as a Config; InputError for what is no flag or has an unusable value."""
     parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
                               description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                               formatter_class=RawDescriptionHelpFormatter)
+
+    def fail(message):  # argparse would print the usage too
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
     config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
@@ -791,7 +835,7 @@ def launch(main, Config):
     code = 0
     try:
         main(read_config(Config))
-    except (InputError, RunError, OSError) as error:
+    except (InputError, RunError, OSError, SafetensorError) as error:
         code = 2 if isinstance(error, InputError) else 1
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     if code == 0 and dist.is_initialized():
@@ -814,7 +858,7 @@ def main(config):
     rows, problems = load_rows(config), load_eval_problems(config)
     model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
                                   seed=config.seed, chat_template=config.chat_template)
-    fill_defaults(config, model, small=2e-3, large=2e-5)
+    fill_learning_rate(config, model, small=3e-3, large=2e-5)
     examples = make_examples(rows, tokenizer, config)
     if config.num_train_epochs:
         config.max_steps = math.ceil(config.num_train_epochs * len(examples) / args["rows_per_step"])

@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton", reason="no Triton for this system")
 
-# name -> (arguments by type, constants); the width and BLOCK follow as launch() appends them
-FLOATS = {"*fp32": ["fp32"], "*bf16": ["bf16"]}
+# the kernels' arguments by type (*z: logits and results, *low: bf16) and constants; launch() appends width and BLOCK
 LOGPS = ["*z", "i32", "*i64", "*z", "*z", "*z", 1, None]
 LOGPS_GRAD = ["*z", "i32", "*i64", "*z", "*z", "*z", "*z", "*low", "i32", 1, None]
 KL = ["*z", "i32", "*z", "i32", "*z", "*z", "*z", "*z"]
@@ -21,7 +20,7 @@ KL_GRAD = ["*z", "i32", "*z", "i32", "*z", "*z", "*z", "*z", "*low", "i32"]
 
 def configurations():
     """(kernel's name, arguments, width) of everything the scripts launch: a string is a run-time argument's type."""
-    for width in (32, 4097, 151936):  # one block smaller than a warp's share, one odd, one of the size of Qwen's
+    for width in (32, 4097, 151936):  # less than one thread each, an odd one, Qwen's
         yield "logps_kernel", LOGPS, width
         yield "logps_grad_kernel", LOGPS_GRAD, width
     yield "logps_kernel", LOGPS[:4] + [None] + LOGPS[5:], 151936  # no entropy
@@ -38,7 +37,7 @@ def configurations():
 
 
 def stack_bytes(cubin, folder):
-    """STACK of the compiled kernel, as cuobjdump reports it."""
+    """(bytes of stack, registers) of the compiled kernel, as cuobjdump reports them."""
     from triton.backends import nvidia
 
     (path := folder / "kernel.cubin").write_bytes(cubin)
@@ -70,8 +69,8 @@ def compile_all(folder, low="bf16"):
                                       target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
             stack, registers = stack_bytes(compiled.asm["cubin"], folder)
             bad += stack > 0
-            print(f"sm_{capability} {name} width {width} block {block} warps {warps}: {registers} registers, stack {stack}"
-                  f"  {[v for v in arguments if not is_type(v)]}")
+            print(f"sm_{capability} {name} {[v for v in values if not is_type(v)]}, {warps} warps:"
+                  f" {registers} registers, {stack} bytes of stack")
     return bad
 
 

@@ -1,0 +1,422 @@
+"""grpo.py: every loss against a loop from its formula, golden values, gradients across splits, rewards, and runs."""
+import copy
+import itertools
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import eval as ground
+import grpo
+import sft
+from eval import InputError, Problem, Rollouts, encode_prompt, load_model
+from grpo import Config, Update, World, group_advantages, kl_k3, row_weights, soft_overlong
+
+LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def config(**flags):
+    made = Config(**{"model_name_or_path": "tiny", "eval_steps": 0, "num_generations": 4, "max_completion_length": 12, **flags})
+    grpo.check_config(made)
+    return made
+
+
+def random_step(seed=0, rows=8, T=12):
+    """Log-probs, old log-probs, rewards and lengths of one step, far enough from ratio 1 that the clips act."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (rows,), generator=generator)
+    old = -torch.rand(rows, T, generator=generator) * 3
+    new = old + 0.4 * torch.randn(rows, T, generator=generator)
+    rewards = torch.randint(0, 2, (rows // 4, 4), generator=generator).float()
+    rewards[0] = torch.tensor([1.0, 0, 0, 0.5])
+    return new.double(), old.double(), rewards.double(), lengths
+
+
+def loop_loss(new, old, rewards, lengths, c):
+    """The loss and nothing else, in Python numbers, as the papers write it."""
+    total, (P, G) = 0.0, rewards.shape
+    n_tokens, R = int(lengths.sum()), P * G
+    for row in range(R):
+        group = rewards[row // G]
+        advantage = float(rewards[row // G, row % G] - group.mean())
+        if c.loss_type != "dr_grpo":
+            advantage /= float(group.std()) + 1e-4
+        n = int(lengths[row])
+        log_ratios = [new[row, t] - old[row, t] for t in range(n)]
+        if c.loss_type == "gspo":
+            s = torch.exp(sum(log_ratios) / n)
+            total += min(s * advantage, s.clamp(1 - c.epsilon, 1 + c.epsilon_high) * advantage) / R
+            continue
+        for t in range(n):
+            ratio = torch.exp(log_ratios[t])
+            if c.loss_type == "cispo":
+                gain = min(float(ratio), c.cispo_max_weight) * advantage * new[row, t]
+            else:
+                gain = min(ratio * advantage, ratio.clamp(1 - c.epsilon, 1 + c.epsilon_high) * advantage)
+            total += gain / {"grpo": n * R, "dr_grpo": R * c.max_completion_length}.get(c.loss_type, n_tokens)
+    return -total
+
+
+def script_loss(new, old, rewards, lengths, c):
+    mask = torch.arange(new.shape[1]) < lengths[:, None]
+    advantages = group_advantages(rewards, c.scale_rewards).flatten()
+    weights = row_weights(c.loss_type, lengths, c.max_completion_length)
+    return -(grpo.policy_gain(new, old, advantages, mask, c) * mask * weights[:, None]).sum()
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_equal_a_loop_from_the_formula(loss_type, seed):
+    new, old, rewards, lengths = random_step(seed)
+    c = config(loss_type=loss_type, cispo_max_weight=1.3)
+    ours, loops = (new.clone().requires_grad_(), new.clone().requires_grad_())
+    wanted = loop_loss(loops, old, rewards, lengths, c)
+    found = script_loss(ours, old, rewards, lengths, c)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    assert torch.allclose(torch.autograd.grad(found, ours)[0], torch.autograd.grad(wanted, loops)[0], atol=1e-7)
+    mask = torch.arange(12) < lengths[:, None]
+    advantages = group_advantages(rewards, c.scale_rewards).flatten()
+    assert 0 < grpo.clip_share(new, old, advantages, mask, c) < mask.sum()  # the clip was at work
+
+
+def test_golden_advantages_of_one_success():
+    """methods of verl and TRL: unbiased std."""
+    for G, right, wrong in ((4, 1.5, -0.5), (8, 2.475, -0.354), (16, 3.75, -0.25)):
+        advantages = group_advantages(torch.eye(G)[:1], "group")[0]
+        assert advantages[0] == pytest.approx(right, abs=2e-3) and advantages[1:].tolist() == pytest.approx([wrong] * (G - 1), abs=1e-3)
+    assert group_advantages(torch.eye(4)[:1], "none")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_silent_groups_are_exactly_silent_whatever_the_noise():
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for scale in ("group", "batch", "none"):
+        advantages = group_advantages(rewards, scale)
+        assert (advantages[0] == 0).all() and (advantages[1] != 0).all()
+
+
+def test_golden_token_weights():
+    lengths = torch.tensor([2, 8])
+    assert row_weights("grpo", lengths, 16).tolist() == [1 / 4, 1 / 16]
+    assert row_weights("dapo", lengths, 16).tolist() == pytest.approx([1 / 10] * 2)
+    assert row_weights("dr_grpo", lengths, 16).tolist() == [1 / 32] * 2
+    assert torch.isfinite(row_weights("grpo", torch.tensor([0, 3]), 16)).all()
+
+
+def test_dead_zones_of_the_clip():
+    """Gradient with respect to the log-prob at ratio r: PPO stops where the clip bites, CISPO never does."""
+    def slope(loss_type, advantage, ratio):
+        new = torch.tensor([[math.log(ratio)]], requires_grad=True)
+        gain = grpo.policy_gain(new, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool),
+                                config(loss_type=loss_type, epsilon=0.2, epsilon_high=0.2))
+        return torch.autograd.grad(gain.sum(), new)[0].item()
+    assert slope("dapo", 1.0, 1.5) == 0 and slope("dapo", -1.0, 0.5) == 0
+    assert slope("dapo", 1.0, 0.5) == pytest.approx(0.5) and slope("dapo", -1.0, 1.5) == pytest.approx(-1.5)
+    assert slope("cispo", 1.0, 1.5) == pytest.approx(1.5) and slope("cispo", -1.0, 0.5) == pytest.approx(-0.5)
+    assert slope("cispo", 1.0, 100.0) == pytest.approx(5.0)
+
+
+def test_gspo_token_form_has_the_gradient_of_the_sequence_form():
+    new, old, rewards, lengths = random_step(5)
+    mask, new = torch.arange(12) < lengths[:, None], new.requires_grad_()
+    token = (grpo.sequence_logps(new, old, mask) - old).exp()
+    found = torch.autograd.grad((token * mask / lengths[:, None]).sum(), new)[0]
+    sequence = (((new - old) * mask).sum(1) / lengths).exp()
+    assert torch.allclose(found, torch.autograd.grad(sequence.sum(), new)[0])
+
+
+def test_kl_estimator_against_the_closed_form():
+    """k3 by enumeration over a 7-way softmax: its mean is the KL, it is never negative, zero at equality."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(7, generator=generator).double().log_softmax(0) for _ in range(2))
+    closed = (p.exp() * (p - q)).sum()
+    assert (p.exp() * kl_k3(p, q)).sum() == pytest.approx(closed.item(), rel=1e-9)
+    assert (p.exp() * kl_k3(q, p)).sum() != pytest.approx(closed.item(), rel=1e-2)  # the other way round is not it
+    assert (kl_k3(p, q) >= 0).all() and (kl_k3(p, p) == 0).all()
+
+
+def test_soft_overlong_penalty():
+    assert soft_overlong(18432, 20480, 4096) == -0.5
+    assert soft_overlong(16384, 20480, 4096) == 0 and soft_overlong(20480, 20480, 4096) == -1
+    assert soft_overlong(20480, 20480, 0) == 0
+
+
+# --- the whole update, on a model ---
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load_model("tiny")
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model, tokenizer
+
+
+def window_of(model, tokenizer, c, prompts, rewards):
+    rollouts = grpo.roll_out(model, tokenizer, prompts, 0, c, ALONE)
+    return {**vars(rollouts), "rewards_R": torch.tensor(rewards), "old_logps_RT": torch.zeros_like(rollouts.logps_RT)}
+
+
+STEPS = 16
+REWARDS = [1.0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # the second group is silent
+
+
+def step_gradient(model, reference, window, prompts, c):
+    model.zero_grad()
+    update = Update(window, prompts, 0, c)
+    policy, numbers = grpo.Policy(model), {}
+    for part in grpo.micro_batches([len(e.ids) for e in update.examples], c.per_device_train_batch_size,
+                                   c.micro_batch_tokens, ALONE):
+        loss, found = update.loss_of(policy, reference, grpo.collate(update.examples, part, torch.device("cpu")))
+        loss.backward()
+        for name, value in found.items():
+            numbers[name] = numbers.get(name, 0) + float(value)
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, numbers, update
+
+
+@pytest.mark.parametrize("loss_type, extra", [(name, {}) for name in LOSSES] + [("dapo", {"beta": 0.1, "entropy_coef": 0.05})])
+def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
+    model, tokenizer = tiny
+    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
+    c = config(loss_type=loss_type, temperature=0.9, **extra)
+    window = window_of(model, tokenizer, c, prompts, REWARDS)
+    reference = None
+    if c.beta:
+        reference = grpo.Policy(load_model("tiny")[0])
+    found = []
+    for rows, tokens in ((12, 0), (1, 0), (5, 0), (12, 50)):
+        c.per_device_train_batch_size, c.micro_batch_tokens = rows, tokens
+        found.append(step_gradient(model, reference, copy.deepcopy(window), prompts, c))
+    for gradient, numbers, update in found[1:]:
+        for name in gradient:
+            assert torch.allclose(gradient[name], found[0][0][name], rtol=1e-4, atol=1e-6)
+        assert numbers == pytest.approx(found[0][1], rel=1e-4, abs=1e-6)
+    assert len(found[0][2].rows) == (12 if extra else 8)  # the silent group is not computed without KL or entropy
+
+
+def test_first_step_is_reinforce_with_a_baseline_and_silent_rows_stay_in_the_denominator(tiny):
+    """At ratio 1 the gradient is that of sum A log p / (tokens of all rows), EOS included, the silent group too."""
+    model, tokenizer = tiny
+    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
+    c = config(loss_type="dapo")
+    window = window_of(model, tokenizer, c, prompts, REWARDS)
+    assert window["finished_R"].any()
+    found, numbers, _ = step_gradient(model, None, window, prompts, c)
+    assert numbers["clip_ratio"] == 0 and numbers["sampling/logp_difference"] < 1e-4 and numbers["entropy"] > 0
+    model.zero_grad()
+    advantages = group_advantages(window["rewards_R"].view(-1, 4), "group").flatten()
+    for row in range(12):
+        prompt, n = prompts[row // 4], int(window["lengths_R"][row])
+        ids = torch.tensor([prompt + window["tokens_RT"][row, :n].tolist()])
+        logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
+        (-advantages[row] * logps.sum() / window["lengths_R"].sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_later_iterations_use_the_log_probs_of_the_first(tiny):
+    model, tokenizer = copy.deepcopy(tiny)
+    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
+    c = config(num_iterations=2, learning_rate=1e-2)
+    window = window_of(model, tokenizer, c, prompts, REWARDS)
+    policy, sampled = grpo.Policy(model), window["logps_RT"].clone()
+    optimizer = grpo.make_optimizer(policy, c)
+    first, _ = grpo.update_policy(policy, None, optimizer, Update(window, prompts, 0, c), 0, c, ALONE)
+    rows = Update(window, prompts, 1, c)
+    kept = window["old_logps_RT"][rows.rows][rows.mask_RT[rows.rows]]
+    assert torch.allclose(kept, sampled[rows.rows][rows.mask_RT[rows.rows]], atol=1e-4)
+    second, _ = grpo.update_policy(policy, None, optimizer, rows, 1, c, ALONE)
+    assert first["clip_ratio"] == 0 and second["clip_ratio"] > 0  # the policy has moved away from the sampling one
+    assert abs(second["loss"] - first["loss"]) > 1e-6
+
+
+def test_truncated_completions_can_be_left_out(tiny):
+    model, tokenizer = tiny
+    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
+    c = config(mask_truncated_completions=True)
+    window = window_of(model, tokenizer, c, prompts, REWARDS)
+    window["finished_R"][:] = True
+    window["finished_R"][0] = False
+    update = Update(window, prompts, 0, c)
+    assert 0 not in update.rows and 1 in update.rows
+    assert update.weights_R[1] == pytest.approx(1 / int(window["lengths_R"][1:].sum()))
+
+
+def test_nothing_given_to_the_losses_is_written_to():
+    new, old, rewards, lengths = random_step(1)
+    mask = torch.arange(12) < lengths[:, None]
+    given = [new, old, rewards, lengths, mask]
+    before = [x.clone() for x in given]
+    for loss_type in LOSSES:
+        c = config(loss_type=loss_type)
+        advantages = group_advantages(rewards, c.scale_rewards).flatten()
+        script_loss(new, old, rewards, lengths, c)
+        grpo.clip_share(new, old, advantages, mask, c)
+    kl_k3(new, old)
+    assert all(torch.equal(a, b) for a, b in zip(given, before))
+
+
+def test_rewards():
+    c = config(max_completion_length=20)
+    problem = Problem("37+5=", "42")
+    assert grpo.accuracy_reward(problem, "37+5=42#42", 10, c) == 1 and grpo.accuracy_reward(problem, "#41", 3, c) == 0
+    assert grpo.format_reward(problem, "#41", 3, c) == 1 and grpo.format_reward(problem, "41", 3, c) == 0
+    assert grpo.length_reward(problem, "", 5, c) == 0.75
+
+
+def test_reward_weights_and_penalty_add_up():
+    c = config(reward_funcs=["accuracy", "length"], reward_weights=[2.0, 0.5], soft_overlong_tokens=6)
+    rollouts = Rollouts(torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12), torch.tensor([3, 6, 9, 12]),
+                        torch.tensor([True, True, True, False]))
+    scores, total = grpo.score([Problem("1+1=", "2")], ["#2", "#3", "#2", "2"], rollouts, c)
+    assert scores[:, 0].tolist() == [1, 0, 1, 1] and scores[:, 1].tolist() == [0.75, 0.5, 0.25, 0]
+    assert total.tolist() == pytest.approx([2.375, 0.25, 2.125 - 0.5, 2.0 - 1.0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_a_bad_reward_is_named(value, monkeypatch):
+    monkeypatch.setitem(grpo.REWARDS, "accuracy", lambda *given: value)
+    rollouts = Rollouts(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2), torch.ones(4, dtype=torch.long),
+                        torch.ones(4, dtype=torch.bool))
+    with pytest.raises(grpo.RunError, match="accuracy"):
+        grpo.score([Problem("1+1=", "2")], ["2"] * 4, rollouts, config())
+
+
+def test_what_is_logged_about_rollouts():
+    c = config(reward_funcs=["accuracy", "format"])
+    rollouts = Rollouts(torch.zeros(8, 12, dtype=torch.long), torch.zeros(8, 12), torch.tensor([2, 4, 6, 12] * 2),
+                        torch.tensor([True, True, True, False] * 2))
+    texts = ["#2", "#2", "#2", "#2", "#2", "#1", "x", "x"]
+    scores, total = grpo.score([Problem("1+1=", "2"), Problem("2+0=", "2")], texts, rollouts, c)
+    numbers = grpo.describe(scores, total, rollouts, texts, c)
+    wanted = {"reward": (5 + 6) / 8, "frac_reward_zero_std": 0.5, "frac_all_right": 0.5, "frac_all_wrong": 0.0,
+              "completions/mean_length": 6, "completions/min_length": 2, "completions/max_length": 12,
+              "completions/clipped_ratio": 0.25, "completions/parse_fail": 0.25, "rewards/accuracy/mean": 5 / 8,
+              "rewards/format/mean": 6 / 8}
+    assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def cold_start(tmp_path_factory):
+    """A folder with a model that adds one small number to another and is wrong about every other time."""
+    folder = tmp_path_factory.mktemp("cold") / "start"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ground, "CHAIN_FIRST", 9)
+        patch.setitem(ground.CHAIN_OPERAND, "+", 3)
+        sft.main(sft.Config(output_dir=str(folder), levels="1", domains="add", n_train=500, error_rate=0.4, max_steps=90,
+                            per_device_train_batch_size=32, learning_rate=4e-3, eval_steps=0, save_steps=0))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_sums(monkeypatch):
+    monkeypatch.setattr(ground, "CHAIN_FIRST", 9)
+    monkeypatch.setitem(ground.CHAIN_OPERAND, "+", 3)
+
+
+def quick(tmp_path, cold_start, **flags):
+    return Config(**{"model_name_or_path": str(cold_start), "output_dir": str(tmp_path / "run"), "max_steps": 2, "n_train": 32,
+                     "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 24, "eval_steps": 0,
+                     "levels": "1", "domains": "add", **flags})
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_a_run_of_every_loss(tmp_path, cold_start, loss_type):
+    grpo.main(quick(tmp_path, cold_start, loss_type=loss_type, num_iterations=2, reward_funcs=["accuracy", "format", "length"],
+                    beta=0.01, entropy_coef=0.001))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and {"reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio", "grad_norm",
+                                "completions/mean_length", "sampling/logp_difference"} <= set(lines[-1])
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the model given
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    load_model(str(tmp_path / "run"))
+
+
+def test_the_shuffled_reward_does_not_teach_and_the_true_one_does(tmp_path, cold_start, monkeypatch):
+    """Equal runs but for the reward: the verdict, or a coin that knows nothing of the completion."""
+    def final_accuracy(name):
+        grpo.main(quick(tmp_path, cold_start, output_dir=str(tmp_path / name), max_steps=STEPS, per_device_train_batch_size=128,
+                        num_generations=8, learning_rate=1e-3, n_train=200, save_steps=0, max_completion_length=14))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        right = [line["true"] if "true" in line else line["rewards/accuracy/mean"] for line in lines]
+        return sum(right[:3]) / 3, sum(right[-5:]) / 5
+
+    before, after = final_accuracy("true")
+    assert after > before + 0.1
+    true_reward, describe, verdicts = grpo.accuracy_reward, grpo.describe, []
+    coin = torch.Generator().manual_seed(0)
+
+    def shuffled(problem, completion, n_tokens, c):
+        verdicts.append(true_reward(problem, completion, n_tokens, c))
+        return float(torch.rand((), generator=coin) < 0.3)
+
+    def described(*given):
+        numbers = {**describe(*given), "true": sum(verdicts) / len(verdicts)}
+        verdicts.clear()
+        return numbers
+
+    monkeypatch.setitem(grpo.REWARDS, "accuracy", shuffled)
+    monkeypatch.setattr(grpo, "describe", described)
+    before, after = final_accuracy("shuffled")
+    assert after < before + 0.05
+
+
+def test_silence_is_said(tmp_path, cold_start, capsys):
+    grpo.main(quick(tmp_path, cold_start, max_completion_length=1, max_steps=3))
+    said = capsys.readouterr().err
+    assert said.count("all completions were cut off") == 1 and said.count("the gradient is zero") == 1
+    before, _ = load_model(str(cold_start))
+    after, _ = load_model(str(tmp_path / "run"))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(num_generations=1), "--num_generations 1"), (dict(num_generations=5), "--num_generations 5"),
+    (dict(loss_type="ppo"), "--loss_type ppo"), (dict(temperature=0.0), "--temperature 0"),
+    (dict(reward_funcs=["beauty"]), "--reward_funcs beauty"), (dict(reward_weights=[1.0, 2.0]), "--reward_weights"),
+    (dict(scale_rewards="up"), "--scale_rewards up"), (dict(max_prompt_length=3), "--max_prompt_length 3"),
+    (dict(model_name_or_path="runs/nowhere/at/all"), "--model_name_or_path"), (dict(beta=-1.0), "--beta -1"),
+])
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, cold_start, flags, named):
+    with pytest.raises(InputError) as caught:
+        grpo.main(quick(tmp_path, cold_start, **flags))
+    assert named in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_model_is_never_overwritten_by_its_run(tmp_path, cold_start):
+    mine = tmp_path / "mine"
+    shutil.copytree(cold_start, mine)
+    for folder in (mine, tmp_path):
+        with pytest.raises(InputError, match="--output_dir"):
+            grpo.main(quick(tmp_path, mine, output_dir=str(folder), overwrite=True))
+    assert (mine / "model.safetensors").exists()
+
+
+def test_the_reference_is_checked_when_a_run_is_continued(tmp_path, cold_start):
+    model = tmp_path / "model"
+    shutil.copytree(cold_start, model)
+    c = config(model_name_or_path=str(model), beta=0.1)
+    reference, state = grpo.make_reference(c, ALONE), {}
+    grpo.check_reference(reference, state, c)
+    grpo.check_reference(reference, state, c)
+    with torch.no_grad():
+        next(reference.parameters()).add_(1e-3)
+    with pytest.raises(InputError, match="--model_name_or_path"):
+        grpo.check_reference(reference, state, c)
+
+
+def test_row_order_is_that_of_the_prompts_for_any_number_of_processes(tiny):
+    model, tokenizer = tiny
+    c, prompts = config(), [encode_prompt(tokenizer, f"{i}+1=") for i in range(5)]
+    whole = grpo.roll_out(model, tokenizer, prompts, 3, c, ALONE)
+    for rank, size in itertools.product(range(2), (2,)):
+        mine = range(rank, 5, size)
+        part = grpo.generate(model, tokenizer, [prompts[i] for i in mine], 4, 12, 1.0, seed=[c.seed, 3], keys=mine)
+        for place, i in enumerate(mine):
+            assert [part.ids(place * 4 + j) for j in range(4)] == [whole.ids(i * 4 + j) for j in range(4)]

@@ -1,0 +1,154 @@
+"""What holds the repository together: identical twins, live flags, true README, shapes that are what they say."""
+import ast
+import doctest
+import inspect
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as ground
+import grpo
+import kernels
+import sft
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"sft": sft, "grpo": grpo}
+MODULES = {**SCRIPTS, "eval": ground, "kernels": kernels}
+
+
+def test_same_name_means_same_text():
+    seen, twins = {}, 0
+    for script in MODULES:
+        source = (ROOT / f"{script}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in {"Config", "main", "check_config"}:
+                text = ast.get_source_segment(source, node)
+                first, where = seen.setdefault(node.name, (text, script))
+                assert text == first, f"{node.name}: {where}.py and {script}.py differ"
+                twins += where != script
+    assert twins > 40
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
+def test_every_flag_is_read_and_explained(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for field in fields(MODULES[name].Config):
+        assert field.metadata.get("help"), f"--{field.name} has no help"
+        assert field.name in read, f"--{field.name} is read by nobody"
+
+
+def test_flags_of_the_same_name_mean_the_same():
+    for name in {f.name for f in fields(sft.Config)} & {f.name for f in fields(grpo.Config)}:
+        a, b = ({f.name: f for f in fields(script.Config)}[name] for script in (sft, grpo))
+        assert a.type == b.type, name
+
+
+def test_free_flags_exist():
+    for script in SCRIPTS.values():
+        assert script.FREE_FLAGS <= {f.name for f in fields(script.Config)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(MODULES[name]).failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_functions_say_what_they_do(name):
+    for item_name, item in vars(MODULES[name]).items():
+        if (inspect.isfunction(item) or inspect.isclass(item)) and item.__module__ == MODULES[name].__name__:
+            if item_name not in {"Config", "main"}:
+                assert item.__doc__, f"{name}.{item_name} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_nothing_dangerous_stands_in_the_scripts(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"exec", "eval", "pickle.load", "pickle.loads", "torch.load"}, f"{path.name}:{node.lineno}"
+            assert not any(keyword.arg == "trust_remote_code" for keyword in node.keywords), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno}: bare except"
+
+
+def readme_commands():
+    """Every `python x.py ...` and `torchrun ... x.py ...` in the README's and the scripts' fenced or indented commands."""
+    texts = [(ROOT / "README.md").read_text()] + [module.__doc__ for module in MODULES.values()]
+    for text in texts:
+        joined = text.replace("\\\n", " ")
+        for match in re.finditer(r"(?:python|torchrun)[^\n`|&]*?\b(sft|grpo|eval)\.py([^\n`|&]*)", joined):
+            yield match[1], match[2].split("#")[0].split(")")[0].strip()
+
+
+def test_commands_in_the_readme_parse(monkeypatch):
+    seen = 0
+    for name, arguments in readme_commands():
+        arguments = shlex.split(arguments.replace("...", ""))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        if name == "eval":
+            ground.parse_command(arguments)
+        else:
+            MODULES[name].check_frame(MODULES[name].read_config(MODULES[name].Config))
+        seen += 1
+    assert seen >= 8
+
+
+def test_a_flag_that_is_none_is_refused(monkeypatch, capsys):
+    for name, script in SCRIPTS.items():
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--learning_rat", "1"])
+        with pytest.raises(SystemExit) as ended:
+            script.launch(script.main, script.Config)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "--learning_rat" in said and len(said.splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--max_steps", "many"])
+        with pytest.raises(SystemExit) as ended:
+            script.launch(script.main, script.Config)
+        assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+SUFFIX = re.compile(r"_([A-Z1]+)$")
+
+
+def test_shape_suffixes_are_true(tmp_path):
+    """While a run goes on, every local name that ends in dimensions must have that many, and one letter one size a call."""
+    checked, wrong = set(), []
+
+    def watch(frame, event, value):
+        if event != "return" or Path(frame.f_code.co_filename).parent != ROOT:
+            return
+        sizes = {}
+        for name, tensor in frame.f_locals.items():
+            match = SUFFIX.search(name)
+            if not match or not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.ndim != len(match[1]):
+                wrong.append(f"{frame.f_code.co_name}: {name} has {tuple(tensor.shape)}")
+                continue
+            checked.add((frame.f_code.co_name, name))
+            for letter, size in zip(match[1], tensor.shape):
+                if letter == "1":
+                    if size != 1:
+                        wrong.append(f"{frame.f_code.co_name}: {name} has {tuple(tensor.shape)}")
+                elif sizes.setdefault(letter, (size, name))[0] != size:
+                    wrong.append(f"{frame.f_code.co_name}: {letter} is {sizes[letter]} and {size} in {name}")
+
+    sys.setprofile(watch)
+    try:
+        sft.main(sft.Config(output_dir=str(tmp_path / "sft"), max_steps=2, n_train=32, per_device_train_batch_size=8,
+                            eval_steps=0, save_steps=0))
+        grpo.main(grpo.Config(model_name_or_path=str(tmp_path / "sft"), output_dir=str(tmp_path / "grpo"), max_steps=2,
+                              n_train=16, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
+                              beta=0.1, num_iterations=2, loss_type="gspo", eval_steps=0, save_steps=0,
+                              reward_funcs=["accuracy", "length"]))
+    finally:
+        sys.setprofile(None)
+    assert not wrong, sorted(set(wrong))[:10]
+    assert len(checked) > 40

@@ -1,0 +1,293 @@
+"""sft.py: which tokens are trained, the loss and its gradient, the order of the data, the schedule, and a run."""
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sft
+from eval import InputError, char_tokenizer, encode_prompt, end_of_turn, load_model
+from sft import Config, Example, World, collate, make_examples, micro_batches, nll_loss, row_examples, rows_of_step
+
+ALONE = World(0, 1, torch.device("cpu"))
+# Templates in the shape of the stock ones, on characters: ChatML, Llama-3, Gemma (roles renamed), one that drops the
+# thinking of earlier turns (as Qwen3's and DeepSeek-R1's do), and Mistral's, which puts the end after the answer only.
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "<bos>{% for m in messages %}<|h|>{{ m.role }}</h>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+              "{% if add_generation_prompt %}<|h|>assistant</h>\n\n{% endif %}",
+    "gemma": "<bos>{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+             "{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+                "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "mistral": "<bos>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+               "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}",
+}
+CHAT = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "<think>easy</think>2"},
+        {"role": "user", "content": "2+2="}, {"role": "assistant", "content": "<think>hm</think>4"}]
+
+
+def chat_tokenizer(template):
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|h|>"],
+                                  "bos_token": "<bos>"})
+    tokenizer.chat_template = TEMPLATES[template]
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+def spans(tokenizer, example):
+    """The runs of trained tokens, as text."""
+    found, inside = [], False
+    for token, trained in zip(example.ids, example.trained):
+        if trained:
+            found = found + [""] if not inside else found
+            found[-1] += tokenizer.decode([token])
+        inside = trained
+    return found
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_assistant_turns_and_their_ends_are_trained_and_nothing_else(template):
+    tokenizer = chat_tokenizer(template)
+    end = tokenizer.decode([end_of_turn(tokenizer)])
+    assert end == ("<eos>" if template == "mistral" else "<|im_end|>")
+    examples = sft.chat_examples(tokenizer, CHAT)
+    assert len(examples) == (2 if template == "thinking" else 1)
+    lead = " " if template == "mistral" else ""  # what the template puts before the answer is sampled, so it is trained
+    assert [span for e in examples for span in spans(tokenizer, e)] == [lead + m["content"] + end for m in CHAT[1::2]]
+    for example in examples:  # every trained token stands in the context that sampling would give it
+        first = example.trained.index(True)
+        contexts = [encode_prompt(tokenizer, CHAT[:i]) for i in (1, 3)]
+        assert example.ids[:first] in contexts
+        assert example.ids.count(tokenizer.bos_token_id) <= 1
+    if template == "thinking":
+        assert "easy" not in tokenizer.decode(examples[1].ids)
+
+
+@pytest.mark.parametrize("row, text, trained", [
+    ({"prompt": "1+1=", "completion": "2"}, "1+1=2<eos>", "2<eos>"),
+    ({"text": "hello"}, "hello<eos>", "hello<eos>"),
+])
+def test_plain_formats(row, text, trained):
+    tokenizer = char_tokenizer()
+    (example,) = row_examples(tokenizer, row, "row 1")
+    assert tokenizer.decode(example.ids) == text and spans(tokenizer, example) == [trained]
+
+
+def test_chat_prompt_and_completion_train_the_completion_alone():
+    tokenizer = chat_tokenizer("chatml")
+    (example,) = row_examples(tokenizer, {"prompt": CHAT[:3], "completion": CHAT[3:]}, "row 1")
+    assert spans(tokenizer, example) == ["<think>hm</think>4<|im_end|>"]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT[:1]}, {"question": "1"}, {"prompt": "1"}])
+def test_a_row_without_a_trained_token_is_named(row):
+    with pytest.raises(InputError, match="row 7"):
+        row_examples(chat_tokenizer("chatml"), row, "row 7")
+
+
+def test_long_examples_are_left_out_and_counted(capsys):
+    rows = [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 30, 2)]
+    kept = make_examples(rows, char_tokenizer(), Config(max_length=10))
+    assert [len(e.ids) for e in kept] == [6, 7] and "1 of 3" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--max_length 3"):
+        make_examples(rows, char_tokenizer(), Config(max_length=3))
+
+
+def uneven(tokenizer, n=12):
+    """Examples of very unequal lengths."""
+    rows = [{"prompt": "9" * (1 + 7 * i % 11) + "=", "completion": "8" * (1 + i * i % 23)} for i in range(n)]
+    return [row_examples(tokenizer, row, "row")[0] for row in rows]
+
+
+def gradients(model, examples, max_rows, max_tokens, world=ALONE):
+    """(loss, gradients) of one step through the script's own path."""
+    model.zero_grad()
+    policy, total = sft.Policy(model), 0.0
+    n_tokens = sum(sum(e.trained[1:]) for e in examples)
+    for part in micro_batches([len(e.ids) for e in examples], max_rows, max_tokens, world):
+        batch = collate(examples, part, torch.device("cpu"))
+        loss = nll_loss(policy(batch)[0], batch.mask_BS, n_tokens)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_loss_and_gradient_equal_a_loop_over_single_unpadded_examples(tiny):
+    model, tokenizer = tiny
+    examples = uneven(tokenizer)
+    model.zero_grad()
+    nll, n = 0.0, 0
+    for example in examples:  # the formula, one token at a time, through transformers' own logits
+        logps = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        for t in range(1, len(example.ids)):
+            if example.trained[t]:
+                nll, n = nll - logps[t - 1, example.ids[t]], n + 1
+    (nll / n).backward()
+    nll = nll.detach()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for max_rows, max_tokens in ((12, 0), (1, 0), (5, 0), (12, 40), (3, 64)):  # padded together, alone, budgeted
+        loss, found = gradients(model, examples, max_rows, max_tokens)
+        assert loss == pytest.approx(float(nll / n), rel=1e-5)
+        for name in wanted:
+            assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6 + 1e-5 * float(wanted[name].abs().max()))
+
+
+def test_gradient_checkpointing_changes_nothing(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]).train(), tiny[1]
+    _, plain = gradients(model, uneven(tokenizer), 4, 0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, found = gradients(model, uneven(tokenizer), 4, 0)
+    assert all(torch.allclose(found[name], plain[name], atol=1e-6) for name in plain)
+
+
+def test_the_end_is_trained_and_the_prompt_is_not(tiny):
+    """By the gradient: the head's row of a token that is only ever a target of untrained positions stays at softmax size."""
+    model, tokenizer = tiny
+    (example,) = row_examples(tokenizer, {"prompt": "7777=", "completion": "1"}, "row")
+    batch = collate([example], [0], torch.device("cpu"))
+    logps_BS, _ = sft.Policy(model)(batch)
+    assert batch.mask_BS[0].tolist() == [False] * 4 + [True, True]
+    assert torch.equal(logps_BS[0] != 0, batch.mask_BS[0])
+    (grad,) = torch.autograd.grad(nll_loss(logps_BS, batch.mask_BS, 2), model.lm_head.weight)
+    hidden = model.model(batch.ids_BT[:, :-1]).last_hidden_state[0]
+    logits = hidden @ model.lm_head.weight.T
+    wanted = (logits.softmax(-1) - F.one_hot(batch.ids_BT[0, 1:], len(tokenizer)))[4:].T @ hidden[4:] / 2
+    assert torch.allclose(grad, wanted, atol=1e-6)
+
+
+def test_padding_is_exact_because_nothing_looks_right(tiny):
+    model, tokenizer = tiny
+    examples = uneven(tokenizer, 4)
+    policy = sft.Policy(model)
+    together, _ = policy(collate(examples, range(4), torch.device("cpu")))
+    for row, example in enumerate(examples):
+        alone, _ = policy(collate([example], [0], torch.device("cpu")))
+        assert torch.allclose(together[row, : alone.shape[1]], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_cover_each_row_once_and_ranks_stay_in_step(size):
+    lengths = [3, 50, 7, 7, 20, 1, 90, 4, 33, 12, 5]
+    shares = [micro_batches(lengths, 4, 60, World(rank, size, None)) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    rows = [row for share in shares for part in share for row in part]
+    assert sorted(rows) == list(range(len(lengths)))
+    for share in shares:
+        for part in share:
+            assert len(part) <= 4 and (len(part) <= 1 or len(part) * max(lengths[r] for r in part) <= 60)
+
+
+def test_every_epoch_is_a_permutation_and_steps_need_no_memory():
+    seen = [row for step in range(6) for row in rows_of_step(10, 5, step, seed=3)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(seen[20:]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+    crossing = [row for step in range(5) for row in rows_of_step(10, 4, step, seed=3)]
+    assert crossing == seen[:20]  # the same order whatever the size of a step
+    assert rows_of_step(10, 5, 2, seed=3) == seen[10:15] and rows_of_step(10, 5, 2, seed=4) != seen[10:15]
+    assert sorted(rows_of_step(3, 7, 0, seed=0)) == [0, 0, 1, 1, 2, 2, 2] or len(rows_of_step(3, 7, 0, seed=0)) == 7
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_schedule(kind):
+    config = Config(learning_rate=2.0, warmup_steps=4, max_steps=12, lr_scheduler_type=kind)
+    rates = [sft.scheduled_rate(step, config) for step in range(13)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    wanted = {"constant": lambda x: 2.0, "linear": lambda x: 2 * (1 - x), "cosine": lambda x: 1 + math.cos(math.pi * x)}
+    assert rates[4:] == pytest.approx([wanted[kind](i / 8) for i in range(9)])
+
+
+def test_decay_touches_matrices_alone(tiny):
+    model = copy.deepcopy(tiny[0])
+    optimizer = sft.make_optimizer(model, Config(learning_rate=0.1, weight_decay=0.5))
+    before = copy.deepcopy(dict(model.named_parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if parameter.ndim > 1 else 1.0
+        assert torch.allclose(parameter, before[name] * factor)
+
+
+def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
+    run = tmp_path / "run"
+    sft.main(Config(output_dir=str(run), max_steps=30, n_train=300, levels="1", error_rate=0, eval_steps=15, n_eval=8,
+                    save_steps=10, per_device_train_batch_size=32, max_completion_length=16))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "time/tokens_per_s"} <= set(lines[0])
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [15, 30]
+    for name in ("args.json", "samples.jsonl", "curves.png", "model.safetensors", "tokenizer.json"):
+        assert (run / name).stat().st_size > 0, name
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_30"]
+    assert "[[" in capsys.readouterr().out  # which tokens are trained
+    args = json.loads((run / "args.json").read_text())
+    assert args["finished"] and args["flags"]["seed"] == 0 and args["versions"]["torch"] == torch.__version__
+    model, tokenizer = load_model(str(run))
+    again, _ = load_model(str(run / "checkpoints" / "step_30"))
+    ids = torch.tensor([encode_prompt(tokenizer, "1+1=")])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(model_name_or_path="no/such/model"), "--model_name_or_path no/such/model"),
+    (dict(dataset_name="nowhere.jsonl"), "nowhere.jsonl"),
+    (dict(max_steps=0), "--max_steps 0"),
+    (dict(lr_scheduler_type="up"), "--lr_scheduler_type up"),
+    (dict(learning_rate=float("nan")), "--learning_rate nan"),
+    (dict(max_length=1), "--max_length 1"),
+    (dict(levels="0-99"), "--levels"),
+    (dict(report_to="fax"), "--report_to fax"),
+    (dict(prompt_template="no place"), "--prompt_template"),
+])
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
+    with pytest.raises(InputError) as caught:
+        sft.main(Config(**{"output_dir": str(tmp_path / "run"), "eval_steps": 0, **flags}))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content, named", [
+    ("", "data.jsonl"), ('{"prompt": "1", "completion": "2"}\n{"prompt": ', "data.jsonl:2"),
+    ('{"question": "1"}\n', "column"), ('{"messages": [{"role": "user", "content": "hi"}]}\n', "row 1"),
+    ('{"prompt": "1", "completion": "2"}\n{"prompt": "1"}\n', "row 2"),
+])
+def test_wrong_files_are_named_with_their_line(tmp_path, content, named):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=named):
+        sft.main(Config(dataset_name=str(path), output_dir=str(tmp_path / "run"), max_steps=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="--output_dir"):
+        sft.main(Config(output_dir=str(tmp_path), overwrite=True))
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_training_on_files_in_trl_formats(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+1=", "completion": str(i + 1)}) + "\n" for i in range(8)))
+    sft.main(Config(dataset_name=str(path), output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4,
+                    num_train_epochs=1.0))
+    assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_example_and_batch_types_are_plain():
+    batch = collate([Example([5, 6, 7], [False, True, True]), Example([5, 6], [False, True])], [1, 0], torch.device("cpu"))
+    assert batch.ids_BT.tolist() == [[5, 6, 0], [5, 6, 7]] and batch.where_N.tolist() == [0, 2, 3] and batch.rows == [1, 0]
+    nothing = collate([], [], torch.device("cpu"))
+    assert nothing.mask_BS.sum() == 0 and nothing.ids_BT.shape == (1, 2)

@@ -1,0 +1,471 @@
+"""Every run survives: stopped anywhere, killed, spoiled, spread over processes, it ends as if nothing had happened."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import faults
+import grpo
+import sft
+from eval import InputError
+from faults import assert_same, largest_difference, newest, numbers_of, run, start, steps_of
+
+ROOT = Path(__file__).parents[1]
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+SFT = dict(n_train=20, levels="1-2", per_device_train_batch_size=8, micro_batch_tokens=64, max_steps=6, save_steps=2,
+           eval_steps=3, n_eval=4, max_completion_length=8, warmup_steps=2, logging_steps=1)
+GRPO = {**SFT, "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 12, "n_train": 10,
+        "num_iterations": 2, "learning_rate": 1e-3, "reward_funcs": ["accuracy", "length"]}
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model):
+    """The flags of each script's small run."""
+    return {"sft": SFT, "grpo": {**GRPO, "model_name_or_path": str(tiny_model)}}
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """whole(script, **changes): the folder of the run that nothing has disturbed, made once."""
+    made = {}
+
+    def folder(script, **changes):
+        key = (script, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / script
+            codes, text = run(script, {**flags[script], **changes, "output_dir": made[key]})
+            assert codes == [0], text
+        return made[key]
+
+    return folder
+
+
+def refused(text, script, *words):
+    """The run printed one line of its own about what is wrong, with these words, and no traceback."""
+    assert "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if line.startswith(f"{script}.py: ")]
+    assert len(lines) == 1 and all(str(word) in lines[0] for word in words), text
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("script, changes", [("sft", {}), ("grpo", {"beta": 0.1}), ("grpo", {"loss_type": "gspo"})])
+def test_a_run_stopped_at_every_step_ends_bit_equal(flags, whole, tmp_path, script, changes):
+    """SIGTERM in the middle of steps 1 to 6, each in a new process: within and at the end of an epoch (n_train is no
+    multiple of a step's rows) and of a window of rollouts (num_iterations 2). The step is finished, saved, exit 143."""
+    mine = {**flags[script], **changes, "save_steps": 0, "output_dir": tmp_path / "run"}
+    for step in range(1, 6):
+        codes, text = run(script, mine, {"signal_at": [step, TERM]})
+        assert codes == [143] and steps_of(tmp_path / "run")[-1] == step, text
+    codes, text = run(script, mine, {"signal_at": [6, signal.SIGINT]})  # the last step: nothing is left to stop
+    assert codes == [0], text
+    assert_same(tmp_path / "run", whole(script, **changes))
+    assert all(json.loads(line)["grad_norm"] > 0 for line in numbers_of(tmp_path / "run"))  # or equality is no news
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_a_run_that_dies_in_every_step_ends_bit_equal(flags, whole, tmp_path, script):
+    """Killed or crashed in the middle of steps 1 to 6, with a checkpoint at every second one."""
+    mine = {**flags[script], "output_dir": tmp_path / "run"}
+    for step, fault, code in ((1, {"signal_at": [1, KILL]}, -9), (2, {"crash_at": 2}, 1), (3, {"signal_at": [3, KILL]}, -9),
+                              (4, {"signal_at": [4, KILL]}, -9), (5, {"crash_at": 5}, 1), (6, {"crash_at": 6}, 1)):
+        codes, text = run(script, mine, fault)
+        assert codes == [code], text
+        assert steps_of(tmp_path / "run")[-1:] == [step - 1 - (step - 1) % 2][: step > 2]
+    codes, text = run(script, mine)
+    assert codes == [0] and "continues from" in text, text
+    assert_same(tmp_path / "run", whole(script))
+
+
+def test_a_chosen_checkpoint_is_continued(flags, whole, tmp_path):
+    """--resume_from_checkpoint goes back to an older one; the later one belongs to a course that was given up."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run"}
+    assert run("sft", mine, {"crash_at": 6})[0] == [1]
+    older = tmp_path / "run" / "checkpoints" / "step_2"
+    codes, text = run("sft", {**mine, "resume_from_checkpoint": older}, {"crash_at": 4})
+    assert codes == [1] and f"continues from {older}" in text
+    assert len(numbers_of(tmp_path / "run")) == 3
+    assert run("sft", {**mine, "resume_from_checkpoint": older})[0] == [0]
+    assert_same(tmp_path / "run", whole("sft"))
+    for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to continue")):
+        codes, text = run("sft", {**mine, "resume_from_checkpoint": newest(tmp_path / "run"), **changes})
+        assert codes == [2]
+        refused(text, "sft", "--resume_from_checkpoint", words)
+    assert_same(tmp_path / "run", whole("sft"))
+
+
+def test_ten_kills(flags, whole, tmp_path):
+    for script, kills, seed in (("sft", 6, 0), ("grpo", 4, 1)):
+        folders = faults.survive_kills(script, {**flags[script], "save_steps": 1, "output_dir": tmp_path / script}, kills,
+                                       seed)
+        for folder in folders:
+            assert_same(folder, whole(script, save_steps=1))
+
+
+def test_a_kill_before_the_first_checkpoint(flags, whole, tmp_path):
+    """Right before each of the first changes of a file: whatever stands in the folder, the same command goes on."""
+    for n in range(1, 6):
+        mine = {**flags["sft"], "output_dir": tmp_path / f"run{n}"}
+        assert run("sft", mine, {"kill_at_write": [str(tmp_path), n]})[0] == [-9]
+        codes, text = run("sft", mine)
+        assert codes == [0], text
+        assert_same(tmp_path / f"run{n}", whole("sft"))
+
+
+def test_a_kill_while_an_old_run_is_deleted(flags, whole, tmp_path):
+    mine = {**flags["sft"], "output_dir": tmp_path / "run", "overwrite": True}
+    for n in (1, 5, 20, 35):
+        shutil.copytree(whole("sft", seed=1), tmp_path / "run")
+        assert run("sft", mine, {"kill_at_write": [str(tmp_path), n]})[0] == [-9]
+        codes, text = run("sft", mine)
+        assert codes == [0], text
+        assert_same(tmp_path / "run", whole("sft"))
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_nothing_is_left_of_a_save_that_was_killed(flags, whole, tmp_path):
+    """Not even where the continued run makes no checkpoint of that step."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run"}
+    assert run("sft", {**mine, "save_steps": 1}, {"kill_at_write": ["step_5.tmp", 5]})[0] == [-9]
+    assert list((tmp_path / "run").rglob("step_5.tmp"))
+    assert run("sft", mine)[0] == [0]
+    assert_same(tmp_path / "run", whole("sft"))
+
+
+# --- damaged checkpoints ---
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path, script, capsys):
+    """Each file of the newest checkpoint truncated, with a flipped bit, or gone: the one before it is continued."""
+    mine = {**flags[script], "output_dir": tmp_path / "run", "save_steps": 1}
+    assert run(script, mine, {"crash_at": 6})[0] == [1]
+    out = tmp_path / "run"
+    assert steps_of(out) == [4, 5]
+    names = set()
+    for name, kind in faults.each_damage(out):
+        assert sft.newest_checkpoint(out).name == "step_4", (name, kind)
+        assert re.search(rf"step_5: .*({name}|manifest.json) is (damaged|missing); falling back", capsys.readouterr().err)
+        names.add(name)
+    assert len(names) == 9 and sft.newest_checkpoint(out).name == "step_5"  # each_damage has mended it
+    rng = random.Random(0)
+    faults.damage(newest(out) / "optimizer.safetensors", "flip", rng)
+    codes, text = run(script, mine)
+    assert codes == [0] and "falling back" in text, text
+    assert_same(out, whole(script, save_steps=1))
+
+
+def test_no_whole_checkpoint_left_is_refused(flags, tmp_path):
+    """Exit code 2 and one line; so is a damaged checkpoint that was asked for by name."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run"}
+    assert run("sft", mine, {"crash_at": 6})[0] == [1]
+    faults.damage(tmp_path / "run/checkpoints/step_4/state.json", "delete", None)
+    codes, text = run("sft", {**mine, "resume_from_checkpoint": tmp_path / "run/checkpoints/step_4"})
+    assert codes == [2]
+    refused(text, "sft", "--resume_from_checkpoint", "state.json is missing")
+    faults.damage(tmp_path / "run/checkpoints/step_2/manifest.json", "truncate", None)
+    codes, text = run("sft", mine)
+    assert codes == [2]
+    refused(text, "sft", "none of its checkpoints is whole", "--overwrite")
+
+
+# --- numbers that are not finite ---
+
+
+def same_weights(older, newer):
+    """Model and optimizer of two checkpoints are equal."""
+    return all(torch.equal(tensor, load_file(newer / name)[key])
+               for name in ("model.safetensors", "optimizer.safetensors")
+               for key, tensor in load_file(older / name).items())
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+@pytest.mark.parametrize("fault", ["nan_loss", "inf_gradient"])
+def test_a_bad_step_moves_nothing(flags, tmp_path, script, fault):
+    """Weights and optimizer are those of the step before; the step is logged as it was and its rows written down."""
+    mine = {**flags[script], "output_dir": tmp_path / "run", "max_steps": 3, "save_steps": 1}
+    codes, text = run(script, mine, {fault: [3]})
+    assert codes == [0] and "step 3: loss or gradient not finite" in text, text
+    before, after = (tmp_path / "run" / "checkpoints" / f"step_{step}" for step in (2, 3))
+    assert same_weights(before, after)
+    lines = [json.loads(line) for line in numbers_of(tmp_path / "run")]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines] == [True, True, False]
+    bad, = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert bad["step"] == 3 and len(bad["rows"]) == (8 if script == "sft" else 4)
+
+
+def test_bad_steps_in_a_row_end_the_run(flags, tmp_path):
+    """After --max_bad_steps, with exit code 1; without the fault the same command goes on from good weights."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run", "save_steps": 1}
+    codes, text = run("sft", mine, {"nan_loss": [2, 3, 4]})
+    assert codes == [1]
+    refused(text, "sft", "3 steps in a row", "--max_bad_steps")
+    assert run("sft", mine)[0] == [0]
+    assert len((tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()) == 2  # steps 2 and 3 are in the past
+
+
+@pytest.mark.parametrize("script, save_steps, ranks, fsdp", [
+    ("sft", 1, 1, False), ("grpo", 0, 1, False), ("grpo", 1, 1, False), ("sft", 1, 2, False), ("sft", 1, 2, True)])
+def test_a_nan_weight_is_neither_saved_nor_sampled(flags, tmp_path, script, save_steps, ranks, fsdp):
+    """Whichever process has it, all end with exit code 1, and the checkpoints are those from before."""
+    mine = spread({**flags[script], "output_dir": tmp_path / "run", "save_steps": save_steps}, fsdp, ranks)
+    codes, text = run(script, mine, {f"nan_weight@{ranks - 1}": 4}, ranks)
+    assert codes == [1] * ranks and text.count(f"{script}.py: a weight of the policy is not finite") == ranks, text
+    assert steps_of(tmp_path / "run") == [2, 3][: 2 * save_steps]
+    assert run(script, mine, ranks=ranks)[0] == [0] * ranks
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1"])
+def test_a_reward_that_is_no_number_is_named(flags, tmp_path, value):
+    codes, text = run("grpo", {**flags["grpo"], "output_dir": tmp_path / "run"}, {"reward": value})
+    assert codes == [1]
+    refused(text, "grpo", "reward function accuracy", f"returned {value}")
+
+
+# --- disk, folders, data ---
+
+
+@pytest.mark.parametrize("fault, words", [
+    ({"file_limit": [4, 700]}, ["File too large"]),  # metrics.jsonl
+    ({"file_limit": [4, 2000]}, ["step 4", "could not be written", "File too large"]),  # a small file of the save
+    ({"file_limit": [4, 60_000]}, ["step 4", "could not be written", "File too large"]),  # the weights
+    ({"full_at_the_end": 2000}, ["File too large"])])  # the model that is left at the end
+def test_a_full_disk_leaves_the_older_checkpoint(flags, whole, tmp_path, fault, words):
+    """No file can grow beyond so many bytes, from the middle of step 4 on or after the last step."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run", "logging_steps": 100}  # the output is a file too
+    codes, text = run("sft", mine, fault)
+    assert codes == [1]
+    refused(text, "sft", *words)
+    assert steps_of(tmp_path / "run") == ([4, 6] if "full_at_the_end" in fault else [2])
+    assert sft.fault_of(newest(tmp_path / "run")) is None
+    assert run("sft", mine)[0] == [0]
+    assert_same(tmp_path / "run", whole("sft"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_under_fsdp(flags, whole, tmp_path, rank):
+    """On any one of the processes, each of which writes its shards: all say so."""
+    mine = spread({**flags["sft"], "output_dir": tmp_path / "run"}, True, 2)
+    codes, text = run("sft", mine, {f"file_limit@{rank}": [4, 10_000]}, ranks=2)
+    assert codes == [1, 1] and text.count("sft.py: the checkpoint of step 4 could not be written (OSError") == 2, text
+    assert steps_of(tmp_path / "run") == [2]
+    assert run("sft", mine, ranks=2)[0] == [0, 0]
+    assert largest_difference(tmp_path / "run", whole("sft")) < 1e-5
+
+
+def test_a_read_only_folder_is_reported(flags, whole, tmp_path):
+    """At the start, and where it becomes so on the way; what is there is left alone."""
+    (tmp_path / "closed").mkdir(mode=0o500)
+    codes, text = run("sft", {**flags["sft"], "output_dir": tmp_path / "closed" / "run"}, {"obey_modes": None})
+    assert codes == [1]
+    refused(text, "sft", "Permission denied", tmp_path / "closed" / "run")
+    mine = {**flags["sft"], "output_dir": tmp_path / "run"}
+    assert run("sft", mine, {"crash_at": 4})[0] == [1]
+    (tmp_path / "run" / "checkpoints").chmod(0o500)
+    codes, text = run("sft", mine, {"obey_modes": None})
+    assert codes == [1]
+    refused(text, "sft", "step 4", "could not be written", "Permission denied")
+    (tmp_path / "run" / "checkpoints").chmod(0o700)
+    assert run("sft", mine)[0] == [0]
+    assert_same(tmp_path / "run", whole("sft"))
+
+
+def test_a_data_file_that_vanished_or_changed_is_named(flags, tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [json.dumps({"prompt": f"{i}+1=", "completion": f"{i + 1}"}) + "\n" for i in range(20)]
+    data.write_text("".join(rows))
+    mine = {**flags["sft"], "dataset_name": data, "output_dir": out}
+    assert run("sft", mine, {"signal_at": [3, TERM]})[0] == [143]
+    for content in (None, rows[1:] + rows[:1], []):
+        data.unlink(missing_ok=True) if content is None else data.write_text("".join(content))
+        codes, text = run("sft", mine)
+        assert codes == [2]
+        refused(text, "sft", data)
+        assert sft.fault_of(newest(out)) is None and steps_of(out) == [2, 3]
+    data.write_text("".join(rows))
+    assert run("sft", mine)[0] == [0]
+
+
+# --- one folder, one run ---
+
+
+def test_other_flags_in_the_folder_are_refused(flags, whole, tmp_path):
+    out = tmp_path / "run"
+    mine = {**flags["sft"], "output_dir": out}
+    assert run("sft", mine, {"crash_at": 3})[0] == [1]
+    for changes, words in (({"seed": 1}, ["--seed 1", "has 0", "--overwrite"]),
+                           ({"per_device_train_batch_size": 4}, ["rows_per_step", "--overwrite"])):
+        codes, text = run("sft", {**mine, **changes})
+        assert codes == [2]
+        refused(text, "sft", *words)
+    codes, text = run("grpo", {**flags["grpo"], "output_dir": out})
+    assert codes == [2]
+    refused(text, "grpo", "script sft", "--overwrite")
+    free = {"micro_batch_tokens": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 3}
+    assert run("sft", {**mine, **free})[0] == [0]
+    assert largest_difference(out, whole("sft")) < 1e-5
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    codes, text = run("sft", mine)
+    assert codes == [0] and "finished already; --overwrite" in text, text
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run("sft", {**mine, "overwrite": True})[0] == [0]
+    assert_same(out, whole("sft"))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        codes, text = run("sft", {**flags["sft"], "output_dir": tmp_path / "run", "overwrite": overwrite})
+        assert codes == [2]
+        refused(text, "sft", "--output_dir", "args.json")
+    (tmp_path / "run" / "args.json").write_text('{"script": ')
+    codes, text = run("sft", {**flags["sft"], "output_dir": tmp_path / "run"})
+    assert codes == [2]
+    refused(text, "sft", "args.json", "damaged")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+# --- signals ---
+
+
+def test_a_second_signal_ends_at_once(flags, tmp_path):
+    """The first waits for a step that never ends."""
+    job = start("sft", {**flags["sft"], "output_dir": tmp_path / "run"}, {"hang_at": 2})
+    wait_for(job, "hanging")
+    os.kill(job.processes[0].pid, TERM)
+    wait_for(job, "stopping after this step")
+    assert job.processes[0].is_alive()
+    os.kill(job.processes[0].pid, TERM)
+    assert job.wait(timeout=20) == [143]
+
+
+def wait_for(job, words):
+    end = time.monotonic() + 60
+    while words not in job.text():
+        assert time.monotonic() < end and job.processes[0].is_alive(), job.text()
+        time.sleep(0.05)
+
+
+# --- several processes ---
+
+SPREAD = [("sft", False), ("sft", True), ("grpo", False), ("grpo", True)]
+
+
+def spread(flags, fsdp, ranks):
+    """The same run over `ranks` processes."""
+    return {**flags, "fsdp": fsdp, "per_device_train_batch_size": flags["per_device_train_batch_size"] // ranks}
+
+
+@pytest.mark.parametrize("script, fsdp", SPREAD)
+def test_two_processes_equal_one(flags, whole, tmp_path, script, fsdp):
+    """DDP and FSDP2, rows of unequal lengths: after 3 steps the weights of a single process."""
+    mine = {**flags[script], "max_steps": 3, "output_dir": tmp_path / "run"}
+    codes, text = run(script, spread(mine, fsdp, 2), ranks=2)
+    assert codes == [0, 0], text
+    assert largest_difference(tmp_path / "run", whole(script, max_steps=3)) < 1e-5
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_process_with_nothing_to_train_on(flags, tmp_path, fsdp, rows):
+    """Only one group has any variance, on one process, and of it 1 row is trained (none on the other process), or 3
+    (one more here than there): as with a single process."""
+    mine = {**flags["grpo"], "max_steps": 3, "micro_batch_tokens": 1}
+    assert run("grpo", {**mine, "output_dir": tmp_path / "one"}, {"one_group": rows})[0] == [0]
+    codes, text = run("grpo", spread({**mine, "output_dir": tmp_path / "two"}, fsdp, 2), {"one_group": rows}, ranks=2)
+    assert codes == [0, 0], text
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+    lines = [json.loads(line) for line in numbers_of(tmp_path / "two")]
+    assert all(line["grad_norm"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("script, fsdp", SPREAD)
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_a_run_continues_on_another_number_of_processes(flags, whole, tmp_path, script, fsdp, first, then):
+    """Stopped by a signal that only the last process receives; a window of rollouts is under way."""
+    mine = {**flags[script], "output_dir": tmp_path / "run"}
+    codes, text = run(script, spread(mine, fsdp, first), {f"signal_at@{first - 1}": [3, TERM]}, ranks=first)
+    assert codes == [143] * first, text
+    codes, text = run(script, spread(mine, fsdp, then), ranks=then)
+    assert codes == [0] * then and "step_3" in text, text
+    expected = whole(script)
+    assert largest_difference(tmp_path / "run", expected) < 1e-5
+    for line, theirs in zip(numbers_of(tmp_path / "run"), numbers_of(expected), strict=True):
+        assert json.loads(line) == pytest.approx(json.loads(theirs), abs=1e-5)
+
+
+def test_a_process_that_hangs_ends_the_run_within_the_timeout(flags, tmp_path):
+    job = start("sft", spread({**flags["sft"], "output_dir": tmp_path / "run", "ddp_timeout": 5}, False, 2),
+                {"hang_at@1": 4}, ranks=2)
+    job.processes[0].join(60)
+    assert job.processes[0].exitcode not in (None, 0), job.text()
+    job.processes[1].kill()
+    assert steps_of(tmp_path / "run") == [2]
+
+
+def test_torchrun_ends_all_where_one_raises(flags, whole, tmp_path):
+    """The real thing: exit code 1 well before the timeout of half an hour. Then one process, started as a user does,
+    finishes the run."""
+    mine = {**flags["sft"], "output_dir": tmp_path / "run", "model_name_or_path": flags["grpo"]["model_name_or_path"]}
+    two = faults.command_line(spread(mine, False, 2))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                str(faults.free_port()), str(ROOT / "tests" / "faults.py"), "sft", '{"crash_at@1": 4}', *two]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and "an injected crash" in done.stderr, done.stderr
+    assert steps_of(tmp_path / "run") == [2]
+    done = subprocess.run([sys.executable, str(ROOT / "sft.py"), *faults.command_line(mine)], capture_output=True, text=True,
+                          timeout=180)
+    assert done.returncode == 0 and "continues from" in done.stdout, done.stderr
+    assert run("sft", {**mine, "output_dir": tmp_path / "one"})[0] == [0]
+    assert largest_difference(tmp_path / "run", tmp_path / "one") < 1e-5
+
+
+# --- what a run must not do ---
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_no_socket_is_opened_and_no_pickle_executed(flags, whole, tmp_path, script):
+    """Neither in a new run nor in a continued one: no network, no telemetry, nothing in a checkpoint that runs."""
+    mine = {**flags[script], "output_dir": tmp_path / "run"}
+    forbidden = {"forbid": ["socket.", "pickle."]}
+    codes, text = run(script, mine, {**forbidden, "signal_at": [3, TERM]})
+    assert codes == [143], text
+    codes, text = run(script, mine, forbidden)
+    assert codes == [0], text
+    assert_same(tmp_path / "run", whole(script))
+
+
+def test_sources_trust_nothing():
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        for word in ("torch.load", "weights_only=False", "trust_remote_code", "pickle"):
+            assert word not in source, f"{path.name}: {word}"
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_memory_is_flat(flags, tmp_path, script):
+    """Step 200 has needed no more memory than step 50."""
+    mine = {**flags[script], "output_dir": tmp_path / "run", "max_steps": 200, "save_steps": 25, "eval_steps": 25,
+            "num_iterations": 1}
+    if script == "sft":
+        del mine["num_iterations"]
+    codes, text = run(script, mine)
+    assert codes == [0], text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    growth_mb = (lines[199]["time/peak_memory_gb"] - lines[49]["time/peak_memory_gb"]) * 1024
+    assert growth_mb < 4
