@@ -198,6 +198,7 @@ def largest_operand(op, value, remaining):
 
 
 def apply_operator(op, left, right):
+    """left op right for +, - and *."""
     return left + right if op == "+" else left - right if op == "-" else left * right
 
 
@@ -220,6 +221,7 @@ def split_of(text):
 
 
 def check_split(split):
+    """Raises InputError for a split that a procedural data set does not have."""
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split}: a procedural data set has train, validation and test")
 
@@ -267,6 +269,7 @@ def read_rows(name, split="train"):
 
 
 def read_hub(name, split):
+    """The rows of a hub data set, or of a benchmark by its short name. Raises InputError where it cannot be had."""
     import datasets  # a second to import, so only where it is needed
     hub_name, _, configuration = name.partition(":")
     if name in BENCHMARKS:
@@ -327,6 +330,7 @@ def read_file(path):
 
 
 def find_column(rows, wanted, usual, flag, where):
+    """The name of the wanted column, or of the first usual one there is; else InputError naming the flag."""
     columns = list(rows[0])
     for column in [wanted] if wanted else usual:
         if column in columns:
@@ -382,6 +386,7 @@ def parse_levels(text):
 
 
 def fill_template(template, prompt):
+    """The template around a string prompt, or around the last message of a chat."""
     if isinstance(prompt, str):
         return template.replace("{prompt}", prompt)
     *before, last = prompt
@@ -791,7 +796,7 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     logits_LV = model(input_ids=ids_PW, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
     logits_LV = logits_LV.repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    mask_LW = mask_PW.repeat_interleave(n, 0)
+    mask_LC = mask_PW.repeat_interleave(n, 0)
     for t in range(T):
         next_L, logps_BT[live_L, t] = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
         tokens_BT[live_L, t] = next_L
@@ -807,10 +812,10 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
             if n_going <= 0.9 * len(live_L):
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                live_L, next_L, mask_LW = live_L[keep], next_L[keep], mask_LW[keep]
+                live_L, next_L, mask_LC = live_L[keep], next_L[keep], mask_LC[keep]
         if padded:
-            mask_LW = torch.cat([mask_LW, mask_LW.new_ones(len(mask_LW), 1)], 1)
-            places = {"attention_mask": mask_LW, "position_ids": mask_LW.sum(1, keepdim=True) - 1}
+            mask_LC = torch.cat([mask_LC, mask_LC.new_ones(len(mask_LC), 1)], 1)
+            places = {"attention_mask": mask_LC, "position_ids": mask_LC.sum(1, keepdim=True) - 1}
         logits_LV = model(input_ids=next_L[:, None], past_key_values=cache, use_cache=True, **places).logits[:, -1]
     stopped_BT = torch.isin(tokens_BT, stop_K)
     finished_B = stopped_BT.any(1)
@@ -1053,6 +1058,7 @@ def new_figure(n_panels, n_columns):
 
 
 def save_figure(figure, path):
+    """Writes the figure as a PNG, its folder made where needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")
 
@@ -1196,7 +1202,7 @@ class Config:
     greedy: bool = flag(True, "decode once at temperature 0 as well")
     max_new_tokens: int = flag(256, "tokens a completion may take")
     batch_size: int = flag(256, "completions decoded side by side")
-    bf16: bool | None = flag(None, "weights in bfloat16; unset: on a GPU")
+    bf16: bool = flag(torch.cuda.is_available(), "weights in bfloat16; by default on a GPU")
     seed: int = flag(0, "of the choice of problems, the samples and the intervals")
     output_dir: str = flag("runs/eval", "where eval.json, samples.jsonl and eval.png go; with --plot: curves.png")
     plot: list[str] = flag([], "draw the training curves of these run folders instead")
@@ -1238,8 +1244,7 @@ def read_ks(config):
 def run_evaluations(config, checkpoints, problems, ks):
     """For each checkpoint {"greedy": ..., "sampled": ...} as `evaluate` returns them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = device == "cuda" if config.bf16 is None else config.bf16
-    load = partial(load_model, dtype=torch.bfloat16 if bf16 else torch.float32, seed=config.seed,
+    load = partial(load_model, dtype=torch.bfloat16 if config.bf16 else torch.float32, seed=config.seed,
                    chat_template=config.chat_template)
     for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
         load(checkpoint)

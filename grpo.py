@@ -105,9 +105,9 @@ class Config:
     soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing")
     per_device_train_batch_size: int = flag(256, "completions per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
-    micro_batch_tokens: int = flag(2048, "padded tokens in one forward at most; 0: no limit; memory and speed only")
-    max_steps: int = flag(60, "optimizer steps")
-    learning_rate: float = flag(0.0, "peak learning rate; 0: 1.5e-4 under 10 M parameters, 1e-6 (TRL's) above")
+    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
+    max_steps: int = flag(80, "optimizer steps")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 5e-5 under 10 M parameters, 1e-6 (TRL's) above")
     lr_scheduler_type: str = flag("constant", "constant, linear or cosine, after the warm-up")
     warmup_steps: int = flag(0, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
@@ -117,7 +117,7 @@ class Config:
     fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
     ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
     logging_steps: int = flag(5, "print a line every so many steps; metrics.jsonl has every step")
-    eval_steps: int = flag(30, "evaluate (greedy) every so many steps and at the end; 0: never")
+    eval_steps: int = flag(40, "evaluate (greedy) every so many steps and at the end; 0: never")
     n_eval: int = flag(128, "problems to evaluate on")
     save_steps: int = flag(20, "checkpoint every so many steps; 0: only when stopped and at the end")
     max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
@@ -222,6 +222,8 @@ def soft_overlong(length, limit, soft):
 
 
 class Example(NamedTuple):
+    """One sequence to train on."""
+
     ids: list  # token ids
     trained: list  # bool for each id: is it trained on?
 
@@ -263,6 +265,8 @@ def micro_batches(lengths, max_rows, max_tokens, world):
 
 
 class Batch(NamedTuple):
+    """The tensors of one forward."""
+
     ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
     mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
     where_N: torch.Tensor  # the true places of mask_BS, flattened
@@ -305,6 +309,8 @@ class Policy(nn.Module):
 
 
 class World(NamedTuple):
+    """This process among all that train together."""
+
     rank: int
     size: int
     device: torch.device
@@ -1094,7 +1100,7 @@ def main(config):
     model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
                                   chat_template=config.chat_template)
     prompts = load_prompts(problems, tokenizer, config)
-    fill_learning_rate(config, model, small=1.5e-4, large=1e-6)
+    fill_learning_rate(config, model, small=5e-5, large=1e-6)
     run = begin_run(config, world, resume, args, [prompts, [problem.answer for problem in problems]])
 
     reference, decoder = make_reference(config, world), make_decoder(model, config)

@@ -58,7 +58,7 @@ def row_launch(width):
     return block, 8 if block > 1024 else 4
 
 
-def launch(kernel, rows, width, *args):
+def launch_rows(kernel, rows, width, *args):
     """Runs kernel(*args, width, BLOCK), one program a row; the grid's first axis, the only one to take over 65,535."""
     block, warps = row_launch(width)
     if rows:  # an empty grid cannot be launched
@@ -115,7 +115,7 @@ def logps_triton(z_BV, targets_BK, gain, want_entropy):
     (B, V), K = z_BV.shape, targets_BK.shape[1]
     logps_BK, lse_B = z_BV.new_empty(B, K), z_BV.new_empty(B)
     entropy_B = z_BV.new_empty(B) if want_entropy else None
-    launch(logps_kernel, B, V, z_BV, z_BV.stride(0), targets_BK, logps_BK, entropy_B, lse_B, K, gain)
+    launch_rows(logps_kernel, B, V, z_BV, z_BV.stride(0), targets_BK, logps_BK, entropy_B, lse_B, K, gain)
     return logps_BK, entropy_B, lse_B
 
 
@@ -158,7 +158,7 @@ def logps_grad_triton(z_BV, targets_BK, results, grads, dz_BV, gain):
     Bytes: 4V read and 2V (bf16) or 4V written a row. dz may be z itself.
     """
     (_, entropy_B, lse_B), (g_BK, g_entropy_B, _) = results, grads
-    launch(logps_grad_kernel, *z_BV.shape, z_BV, z_BV.stride(0), targets_BK, entropy_B, lse_B, g_BK, g_entropy_B, dz_BV,
+    launch_rows(logps_grad_kernel, *z_BV.shape, z_BV, z_BV.stride(0), targets_BK, entropy_B, lse_B, g_BK, g_entropy_B, dz_BV,
            dz_BV.stride(0), g_BK.shape[1], gain)
 
 
@@ -246,13 +246,13 @@ def kl_triton(s_BV, t_BV, kind, beta):
     constant): log p_s/p_t for reverse KL, (1-beta) log p_s/m for JSD; for forward KL it is p_s - p_t.
     """
     results = tuple(s_BV.new_empty(len(s_BV)) for _ in range(4))
-    launch(kl_kernel, *s_BV.shape, s_BV, s_BV.stride(0), t_BV, t_BV.stride(0), *results, kind, beta)
+    launch_rows(kl_kernel, *s_BV.shape, s_BV, s_BV.stride(0), t_BV, t_BV.stride(0), *results, kind, beta)
     return results
 
 
 def kl_grad_triton(s_BV, t_BV, results, grads, dz_BV, kind, beta):
     """Gradient of the student's logits into dz. Bytes: 8V read, 2V (bf16) or 4V written a row."""
-    launch(kl_grad_kernel, *s_BV.shape, s_BV, s_BV.stride(0), t_BV, t_BV.stride(0), *results[1:], grads[0], dz_BV,
+    launch_rows(kl_grad_kernel, *s_BV.shape, s_BV, s_BV.stride(0), t_BV, t_BV.stride(0), *results[1:], grads[0], dz_BV,
            dz_BV.stride(0), kind, beta)
 
 
@@ -288,8 +288,8 @@ def kl_grad_torch(s_BV, t_BV, results, grads, dz_BV, kind, beta):
 class RowPlan(NamedTuple):
     """What LinearRows runs on the rows of logits, and how many at a time."""
 
-    forward: Callable  # (z_BV, side_B...) -> tuple of tensors with B rows, or Nones
-    backward: Callable | None  # (z_BV, side_B..., results, grads, dz_BV): writes dz_BV
+    forward: Callable  # (z_BV, side_BX...) -> tuple of tensors with B rows, or Nones
+    backward: Callable | None  # (z_BV, side_BX..., results, grads, dz_BV): writes dz_BV
     alpha: float  # logits are alpha * hidden @ weight^T: the temperature costs nothing inside the product
     low: torch.dtype  # of the products' operands
     high: torch.dtype  # of logits, results and the gradients' accumulators
@@ -318,6 +318,7 @@ def spans(n, step):
 
 
 def cut(tensors, rows):
+    """The same rows of each tensor; None stays None."""
     return tuple(None if tensor is None else tensor[rows] for tensor in tensors)
 
 
@@ -369,14 +370,14 @@ class LinearRows(torch.autograd.Function):
         h_ND, w_VD, s, sw = (operand(tensor, plan) for tensor in (hidden_ND, weight_VD, side, side_weight))
         N, work, results = h_ND.shape[0], new_workspace(h_ND, w_VD, sw, plan), None
         for chunk in spans(N, plan.rows):
-            z_BV, side_B = fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
+            z_BV, side_BX = fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
             for block in spans(z_BV.shape[0], plan.block):
-                part = plan.forward(z_BV[block], side_B[block])
+                part = plan.forward(z_BV[block], side_BX[block])
                 results = results or [x if x is None else x.new_empty(N, *x.shape[1:]) for x in part]
                 for whole, x in zip(results, part):  # copied at once: kept, small tensors would fragment the heap
                     if x is not None:
                         whole[chunk][block] = x
-        ctx.plan, ctx.held = plan, (work, (z_BV, side_B))  # the workspace still holds the last chunk's logits
+        ctx.plan, ctx.held = plan, (work, (z_BV, side_BX))  # the workspace still holds the last chunk's logits
         ctx.save_for_backward(hidden_ND, weight_VD, side, side_weight, *results)
         return tuple(results)
 
@@ -394,11 +395,11 @@ class LinearRows(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dw_VD = torch.empty_like(w_VD, dtype=plan.high) if ctx.needs_input_grad[1] else None
         for i, chunk in enumerate(reversed(spans(h_ND.shape[0], plan.rows))):
-            z_BV, side_B = held or fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
+            z_BV, side_BX = held or fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
             held, dz = None, dz_BV[: z_BV.shape[0]]
             chunk_results, chunk_grads = cut(results, chunk), cut(grads, chunk)
             for block in spans(z_BV.shape[0], plan.block):
-                plan.backward(z_BV[block], side_B[block], cut(chunk_results, block), cut(chunk_grads, block), dz[block])
+                plan.backward(z_BV[block], side_BX[block], cut(chunk_results, block), cut(chunk_grads, block), dz[block])
             if dh_ND is not None:
                 product(dz, w_VD, dh_ND[chunk], plan.alpha)
             if dw_VD is not None:
@@ -538,7 +539,7 @@ class SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up_SF, w_S)
         if use_triton(gate_up_SF):
             h_SI = gate_up_SF.new_empty(len(w_S), gate_up_SF.shape[1] // 2)
-            launch(swiglu_kernel, *h_SI.shape, gate_up_SF, w_S, h_SI)
+            launch_rows(swiglu_kernel, *h_SI.shape, gate_up_SF, w_S, h_SI)
             return h_SI
         gate_SI, up_SI = gate_up_SF.chunk(2, -1)
         return (F.silu(gate_SI) * up_SI * w_S[:, None]).to(gate_up_SF.dtype)
@@ -549,7 +550,7 @@ class SwiGLU(torch.autograd.Function):
         (gate_up_SF, w_S), g_SI = ctx.saved_tensors, g_SI.contiguous()
         if use_triton(gate_up_SF):
             d_gate_up_SF, d_w_S = torch.empty_like(gate_up_SF), torch.empty_like(w_S)
-            launch(swiglu_grad_kernel, *g_SI.shape, gate_up_SF, w_S, g_SI, d_gate_up_SF, d_w_S)
+            launch_rows(swiglu_grad_kernel, *g_SI.shape, gate_up_SF, w_S, g_SI, d_gate_up_SF, d_w_S)
             return d_gate_up_SF, d_w_S
         gate_SI, up_SI = gate_up_SF.chunk(2, -1)
         sigmoid_SI = gate_SI.sigmoid()
@@ -576,7 +577,7 @@ def gather_sum(y_SD, slots_NK):
     if not use_triton(y_SD):
         return y_SD[slots_NK].sum(1)
     out_ND = y_SD.new_empty(len(slots_NK), y_SD.shape[1])
-    launch(gather_sum_kernel, *out_ND.shape, y_SD, slots_NK, out_ND, slots_NK.shape[1])
+    launch_rows(gather_sum_kernel, *out_ND.shape, y_SD, slots_NK, out_ND, slots_NK.shape[1])
     return out_ND
 
 

@@ -84,7 +84,7 @@ class Config:
     resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
-    micro_batch_tokens: int = flag(2048, "padded tokens in one forward at most; 0: no limit; memory and speed only")
+    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
     max_steps: int = flag(700, "optimizer steps")
     num_train_epochs: float = flag(0.0, "passes over the data; above 0 it decides instead of max_steps")
     learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 2e-5 (TRL's) above")
@@ -119,6 +119,8 @@ def nll_loss(logps_BS, mask_BS, n_tokens):
 
 
 class Example(NamedTuple):
+    """One sequence to train on."""
+
     ids: list  # token ids
     trained: list  # bool for each id: is it trained on?
 
@@ -255,6 +257,8 @@ def micro_batches(lengths, max_rows, max_tokens, world):
 
 
 class Batch(NamedTuple):
+    """The tensors of one forward."""
+
     ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
     mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
     where_N: torch.Tensor  # the true places of mask_BS, flattened
@@ -297,6 +301,8 @@ class Policy(nn.Module):
 
 
 class World(NamedTuple):
+    """This process among all that train together."""
+
     rank: int
     size: int
     device: torch.device

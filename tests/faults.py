@@ -343,7 +343,8 @@ def survive_kills(script, flags, n_kills, seed, ranks=1):
         while codes is None or any(codes):
             faults, victim = {}, rng.randrange(ranks)
             if kills < n_kills:
-                faults = rng.choice([{f"kill_at_write@{victim}": [out, rng.randint(1, 60)]}, {"slow_writes": [out, 0.02]}])
+                faults = rng.choice([{f"kill_at_write@{victim}": [out, rng.randint(1, 60)]},
+                                     {"slow_writes": [out, 0.02]}])
             job = start(script, {**flags, "output_dir": out}, faults, ranks)
             if "slow_writes" in faults:
                 job.processes[victim].join(rng.uniform(0.3, 2.5) * ranks)

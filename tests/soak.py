@@ -1,7 +1,7 @@
 """The long version of test_survive.py: prints what was done to the runs, and what each lost.
 
-    python tests/soak.py             # 50 kills, every write, every checkpoint file, bad inputs: a quarter of an hour
-    python tests/soak.py --kills 500
+    python tests/soak.py             # 50 kills, each write, each file of a checkpoint, bad inputs: half an hour
+    python tests/soak.py --kills 500 --only kills
 """
 
 import argparse
@@ -47,7 +47,8 @@ class Ledger:
     def table(self):
         width = max(map(len, self.rows))
         lines = [f"| {'what was done':<{width}} | times | lost |", f"| {'-' * width} | ----: | :--- |"]
-        lines += [f"| {what:<{width}} | {tried:>5} | {len(lost) or 'nothing'} |" for what, (tried, lost) in self.rows.items()]
+        lines += [f"| {what:<{width}} | {tried:>5} | {len(lost) or 'nothing'} |"
+                  for what, (tried, lost) in self.rows.items()]
         return "\n".join(lines)
 
 
@@ -67,16 +68,17 @@ def kills(ledger, name, script, flags, ranks, whole, n, seed):
     ledger.attempt(f"SIGKILL at a random moment: {name}", check, n)
 
 
-def every_write(ledger, name, script, flags, ranks, whole):
-    """SIGKILL right before each single change of a file, from the first to the last."""
+def each_write(ledger, name, script, flags, ranks, whole, stride):
+    """SIGKILL right before each single change of a file, from the first to the last, or before every stride-th."""
     out, n = Path(flags["output_dir"]), 1
     while True:
         codes, text = run(script, flags, {"kill_at_write@0": [str(out), n]}, ranks)
         if not any(codes):
             return
-        ledger.attempt(f"SIGKILL before each change of a file: {name}", lambda: finish(script, flags, ranks, whole))
+        which = "each change" if stride == 1 else f"every {stride}th change"
+        ledger.attempt(f"SIGKILL before {which} of a file: {name}", lambda: finish(script, flags, ranks, whole))
         shutil.rmtree(out)
-        n += 1
+        n += stride
 
 
 def signals(ledger, name, script, flags, ranks, whole):
@@ -92,7 +94,7 @@ def signals(ledger, name, script, flags, ranks, whole):
 
 
 def damages(ledger, name, script, flags, ranks, whole):
-    """Every file of the newest checkpoint truncated, changed in one bit, or gone: the run goes on from the older one."""
+    """Every file of the newest checkpoint truncated, changed in a bit, or gone: the run goes on from the older one."""
     stopped = Path(f"{flags['output_dir']}_stopped")
     run(script, {**flags, "output_dir": stopped}, {"crash_at": 6}, ranks)
     out = Path(flags["output_dir"])
@@ -125,21 +127,24 @@ def bad_numbers(ledger, name, script, flags, ranks):
                 shutil.rmtree(flags["output_dir"])
 
 
-BAD_FLAGS = {"max_steps": [0, -1, "many"], "per_device_train_batch_size": [0, 3.5], "gradient_accumulation_steps": [0],
-             "learning_rate": [-1, "nan", "fast"], "warmup_steps": [-1], "max_grad_norm": [-1], "n_train": [-1],
-             "levels": ["9", "x", "3-1"], "domains": ["poetry"], "lr_scheduler_type": ["sawtooth"],
-             "report_to": ["pigeon"], "chat_template": ["on"], "prompt_template": ["{question}"], "seed": [-1],
-             "model_name_or_path": ["nowhere", "a/b/c"], "dataset_name": ["nowhere.jsonl", "chain2"], "no_such_flag": [1],
-             "dataset_train_split": ["holdout"], "save_steps": [-1], "logging_steps": [0], "max_bad_steps": [0],
-             "micro_batch_tokens": [-1], "bf16": ["maybe"], "resume_from_checkpoint": ["nowhere"]}
-BAD_GRPO_FLAGS = {"num_generations": [1, 3], "temperature": [0, "nan"], "loss_type": ["ppo"], "beta": [-1],
-                  "scale_rewards": ["twice"], "reward_funcs": ["charm"], "reward_weights": ["1 2 3"], "num_iterations": [0],
-                  "max_prompt_length": [1], "epsilon": [-1]}
-BAD_ROWS = {"empty": "", "not JSON": "{", "no row": "\n\n", "a list": "[1]\n", "a number": "3\n", "no prompt": '{"a": "b"}\n',
-            "null": '{"prompt": null, "completion": null}\n', "a number for text": '{"prompt": 1, "completion": 2}\n',
-            "messages a string": '{"messages": "hello"}\n',
-            "messages empty": '{"messages": []}\n', "no assistant": '{"messages": [{"role": "user", "content": "a"}]}\n',
-            "half": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp'}
+BAD_FLAGS = {
+    "max_steps": [0, -1, "many"], "per_device_train_batch_size": [0, 3.5], "gradient_accumulation_steps": [0],
+    "learning_rate": [-1, "nan", "fast"], "warmup_steps": [-1], "max_grad_norm": [-1], "n_train": [-1],
+    "levels": ["9", "x", "3-1"], "domains": ["poetry"], "lr_scheduler_type": ["sawtooth"], "report_to": ["pigeon"],
+    "chat_template": ["on"], "prompt_template": ["{question}"], "seed": [-1], "bf16": ["maybe"], "save_steps": [-1],
+    "model_name_or_path": ["nowhere", "a/b/c"], "dataset_name": ["nowhere.jsonl", "chain2"], "no_such_flag": [1],
+    "dataset_train_split": ["holdout"], "logging_steps": [0], "max_bad_steps": [0], "micro_batch_tokens": [-1],
+    "resume_from_checkpoint": ["nowhere"]}
+BAD_GRPO_FLAGS = {
+    "num_generations": [1, 3], "temperature": [0, "nan"], "loss_type": ["ppo"], "beta": [-1], "epsilon": [-1],
+    "scale_rewards": ["twice"], "reward_funcs": ["charm"], "reward_weights": ["1 2 3"], "num_iterations": [0],
+    "max_prompt_length": [1]}
+BAD_ROWS = {
+    "empty": "", "not JSON": "{", "no row": "\n\n", "a list": "[1]\n", "a number": "3\n", "no prompt": '{"a": "b"}\n',
+    "null": '{"prompt": null, "completion": null}\n', "a number for text": '{"prompt": 1, "completion": 2}\n',
+    "messages a string": '{"messages": "hello"}\n', "messages empty": '{"messages": []}\n',
+    "no assistant": '{"messages": [{"role": "user", "content": "a"}]}\n',
+    "half": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp'}
 
 
 def bad_inputs(ledger, name, script, flags, folder):
@@ -157,7 +162,8 @@ def bad_inputs(ledger, name, script, flags, folder):
                                                                        flag.removeprefix("dataset_train_")))
     for case, content in BAD_ROWS.items():
         (folder / "bad.jsonl").write_text(content)
-        ledger.attempt(f"bad data files: {name}", lambda: check(case, {"dataset_name": folder / "bad.jsonl"}, "bad.jsonl"))
+        bad = {"dataset_name": folder / "bad.jsonl"}
+        ledger.attempt(f"bad data files: {name}", lambda: check(case, bad, "bad.jsonl"))
 
 
 def memory(ledger, name, script, flags):
@@ -189,8 +195,9 @@ def main():
             codes, text = run(script, {**flags, "output_dir": whole}, ranks=ranks)
             assert codes == [0] * ranks, text
             share = arguments.kills // len(RUNS) + (i < arguments.kills % len(RUNS))
+            stride = 1 if name == "sft" else 9
             campaigns = {"kills": lambda: kills(ledger, name, script, flags, ranks, whole, share, seed=i),
-                         "writes": lambda: every_write(ledger, name, script, flags, ranks, whole),
+                         "writes": lambda: each_write(ledger, name, script, flags, ranks, whole, stride),
                          "signals": lambda: signals(ledger, name, script, flags, ranks, whole),
                          "damages": lambda: damages(ledger, name, script, flags, ranks, whole),
                          "numbers": lambda: bad_numbers(ledger, name, script, flags, ranks)}

@@ -17,9 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import faults
-import grpo
 import sft
-from eval import InputError
 from faults import assert_same, largest_difference, newest, numbers_of, run, start, steps_of
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +78,8 @@ def test_a_run_stopped_at_every_step_ends_bit_equal(flags, whole, tmp_path, scri
 def test_a_run_that_dies_in_every_step_ends_bit_equal(flags, whole, tmp_path, script):
     """Killed or crashed in the middle of steps 1 to 6, with a checkpoint at every second one."""
     mine = {**flags[script], "output_dir": tmp_path / "run"}
-    for step, fault, code in ((1, {"signal_at": [1, KILL]}, -9), (2, {"crash_at": 2}, 1), (3, {"signal_at": [3, KILL]}, -9),
-                              (4, {"signal_at": [4, KILL]}, -9), (5, {"crash_at": 5}, 1), (6, {"crash_at": 6}, 1)):
+    for step in range(1, 7):
+        fault, code = ({"signal_at": [step, KILL]}, -9) if step in (1, 3, 4) else ({"crash_at": step}, 1)
         codes, text = run(script, mine, fault)
         assert codes == [code], text
         assert steps_of(tmp_path / "run")[-1:] == [step - 1 - (step - 1) % 2][: step > 2]
@@ -100,7 +98,7 @@ def test_a_chosen_checkpoint_is_continued(flags, whole, tmp_path):
     assert len(numbers_of(tmp_path / "run")) == 3
     assert run("sft", {**mine, "resume_from_checkpoint": older})[0] == [0]
     assert_same(tmp_path / "run", whole("sft"))
-    for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to continue")):
+    for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to")):
         codes, text = run("sft", {**mine, "resume_from_checkpoint": newest(tmp_path / "run"), **changes})
         assert codes == [2]
         refused(text, "sft", "--resume_from_checkpoint", words)
@@ -109,9 +107,8 @@ def test_a_chosen_checkpoint_is_continued(flags, whole, tmp_path):
 
 def test_ten_kills(flags, whole, tmp_path):
     for script, kills, seed in (("sft", 6, 0), ("grpo", 4, 1)):
-        folders = faults.survive_kills(script, {**flags[script], "save_steps": 1, "output_dir": tmp_path / script}, kills,
-                                       seed)
-        for folder in folders:
+        mine = {**flags[script], "save_steps": 1, "output_dir": tmp_path / script}
+        for folder in faults.survive_kills(script, mine, kills, seed):
             assert_same(folder, whole(script, save_steps=1))
 
 
@@ -158,7 +155,8 @@ def test_a_damaged_checkpoint_is_passed_over(flags, whole, tmp_path, script, cap
     names = set()
     for name, kind in faults.each_damage(out):
         assert sft.newest_checkpoint(out).name == "step_4", (name, kind)
-        assert re.search(rf"step_5: .*({name}|manifest.json) is (damaged|missing); falling back", capsys.readouterr().err)
+        said = capsys.readouterr().err
+        assert re.search(rf"step_5: .*({name}|manifest.json) is (damaged|missing); falling back", said), said
         names.add(name)
     assert len(names) == 9 and sft.newest_checkpoint(out).name == "step_5"  # each_damage has mended it
     rng = random.Random(0)
@@ -315,7 +313,7 @@ def test_other_flags_in_the_folder_are_refused(flags, whole, tmp_path):
     codes, text = run("grpo", {**flags["grpo"], "output_dir": out})
     assert codes == [2]
     refused(text, "grpo", "script sft", "--overwrite")
-    free = {"micro_batch_tokens": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 3}
+    free = {"micro_batch_tokens": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     assert run("sft", {**mine, **free})[0] == [0]
     assert largest_difference(out, whole("sft")) < 1e-5
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -428,8 +426,8 @@ def test_torchrun_ends_all_where_one_raises(flags, whole, tmp_path):
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=180)
     assert done.returncode == 1 and "an injected crash" in done.stderr, done.stderr
     assert steps_of(tmp_path / "run") == [2]
-    done = subprocess.run([sys.executable, str(ROOT / "sft.py"), *faults.command_line(mine)], capture_output=True, text=True,
-                          timeout=180)
+    alone = [sys.executable, str(ROOT / "sft.py"), *faults.command_line(mine)]
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0 and "continues from" in done.stdout, done.stderr
     assert run("sft", {**mine, "output_dir": tmp_path / "one"})[0] == [0]
     assert largest_difference(tmp_path / "run", tmp_path / "one") < 1e-5

@@ -14,6 +14,7 @@ flag of TRL's does. The ratio is against each line. Results: tests/bench/results
 import argparse
 import json
 import os
+import platform
 import random
 import resource
 import statistics
@@ -119,12 +120,9 @@ class Meter:
         self.peak_mb = peak_mb()
 
     def result(self):
-        import torch
-        import transformers
         costs = [after - before for before, after in zip(self.cpu, self.cpu[1:])]
         return {"cpu_s": costs[WARM_UP:], "tokens": self.tokens[WARM_UP:], "first_loss": self.losses[0],
-                "peak_mb": self.peak_mb, "before_mb": self.before_mb,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+                "peak_mb": self.peak_mb, "before_mb": self.before_mb}
 
 
 def peak_mb():
@@ -163,6 +161,8 @@ def run_ours(case, folder, steps):
 
 def run_trl(case, folder, steps, line):
     """TRL's trainer; `line` as in CASES."""
+    import torch
+    import transformers
     import trl
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -195,7 +195,8 @@ def run_trl(case, folder, steps, line):
 
     trainer.add_callback(MeterCallback())
     trainer.train()
-    return {**meter.result(), "trl": trl.__version__}
+    versions = {library.__name__: library.__version__ for library in (torch, transformers, trl)}
+    return {**meter.result(), "versions": versions}
 
 
 def child(side, case, folder, steps):
@@ -296,20 +297,15 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "trl.json")
     options = parser.parse_args()
-    results = {case: compare_and_show(case, options) for case in options.cases}
-    first = results[options.cases[0]]
-    versions = {**first["ours"]["runs"][0]["versions"], "trl": first["plain"]["runs"][0]["trl"],
-                "python": sys.version.split()[0]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"date": str(date.today()), "cpu": cpu_model(), "threads": options.threads,
-                                       "versions": versions, "cases": results}, indent=1) + "\n")
-    print(f"\n{options.out}: {cpu_model()}, {options.threads} thread(s), {versions}")
-
-
-def compare_and_show(case, options):
-    rows = compare(case, options.steps, options.rounds, options.threads)
-    show(case, rows)
-    return rows
+    report = {"date": str(date.today()), "cpu": cpu_model(), "threads": options.threads, "cases": {}}
+    for case in options.cases:
+        rows = compare(case, options.steps, options.rounds, options.threads)
+        show(case, rows)
+        report["versions"] = {**rows["plain"]["runs"][0].pop("versions"), "python": platform.python_version()}
+        report["cases"][case] = rows
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{options.out}: {report['cpu']}, {options.threads} thread(s), {report['versions']}")
 
 
 if __name__ == "__main__":
