@@ -185,6 +185,20 @@ def kill_at_write(script, arguments):
     at_writes(folder, lambda: next(left) or os.kill(os.getpid(), signal.SIGKILL))
 
 
+def kill_in_json(script, n):
+    """SIGKILL when half of the n-th JSON file is written."""
+    left, dump = iter(range(n - 1, -1, -1)), json.dump
+
+    def dumping(value, file, **options):
+        if next(left, None) == 0:
+            file.write(json.dumps(value, **options)[:20])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        dump(value, file, **options)
+
+    json.dump = dumping
+
+
 def forbid(script, prefixes):
     """Any event of these kinds (see Python's table of audit events) ends the process: exit code 99."""
     def hook(event, arguments):
@@ -196,7 +210,7 @@ def forbid(script, prefixes):
 
 FAULTS = {function.__name__: function for function in (
     signal_at, crash_at, hang_at, nan_loss, inf_gradient, nan_weight, reward, one_group, file_limit, full_at_the_end,
-    obey_modes, slow_writes, kill_at_write, forbid)}
+    obey_modes, slow_writes, kill_at_write, kill_in_json, forbid)}
 
 
 # --- processes ---
@@ -267,7 +281,8 @@ def start(script, flags, faults=None, ranks=1):
     processes = []
     for rank in range(ranks):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(FORKS.Process(target=child, args=(script, command_line(flags), faults or {}, own, str(log))))
+        arguments = script, command_line(flags), faults or {}, own, str(log)
+        processes.append(FORKS.Process(target=child, args=arguments, daemon=True))
         processes[-1].start()
     return Job(processes, log, offset)
 

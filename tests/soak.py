@@ -74,6 +74,7 @@ def each_write(ledger, name, script, flags, ranks, whole, stride):
     while True:
         codes, text = run(script, flags, {"kill_at_write@0": [str(out), n]}, ranks)
         if not any(codes):
+            shutil.rmtree(out)
             return
         which = "each change" if stride == 1 else f"every {stride}th change"
         ledger.attempt(f"SIGKILL before {which} of a file: {name}", lambda: finish(script, flags, ranks, whole))

@@ -122,6 +122,16 @@ def test_a_kill_before_the_first_checkpoint(flags, whole, tmp_path):
         assert_same(tmp_path / f"run{n}", whole("sft"))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 8])  # args.json; state.json and manifest.json, three times; args.json
+def test_a_kill_halfway_through_a_file(flags, whole, tmp_path, n):
+    mine = {**flags["sft"], "output_dir": tmp_path / "run"}
+    assert run("sft", mine, {"kill_in_json": n})[0] == [-9]
+    assert ("manifest" in str(list((tmp_path / "run").rglob("*")))) == (n in (3, 8))
+    codes, text = run("sft", mine)
+    assert codes == [0], text
+    assert_same(tmp_path / "run", whole("sft"))
+
+
 def test_a_kill_while_an_old_run_is_deleted(flags, whole, tmp_path):
     mine = {**flags["sft"], "output_dir": tmp_path / "run", "overwrite": True}
     for n in (1, 5, 20, 35):
@@ -411,8 +421,10 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(flags, tmp_path):
     job = start("sft", spread({**flags["sft"], "output_dir": tmp_path / "run", "ddp_timeout": 5}, False, 2),
                 {"hang_at@1": 4}, ranks=2)
     job.processes[0].join(60)
-    assert job.processes[0].exitcode not in (None, 0), job.text()
-    job.processes[1].kill()
+    code = job.processes[0].exitcode
+    for process in job.processes:
+        process.kill()
+    assert code not in (None, 0), job.text()
     assert steps_of(tmp_path / "run") == [2]
 
 
