@@ -158,8 +158,8 @@ def logps_grad_triton(z_BV, targets_BK, results, grads, dz_BV, gain):
     Bytes: 4V read and 2V (bf16) or 4V written a row. dz may be z itself.
     """
     (_, entropy_B, lse_B), (g_BK, g_entropy_B, _) = results, grads
-    launch_rows(logps_grad_kernel, *z_BV.shape, z_BV, z_BV.stride(0), targets_BK, entropy_B, lse_B, g_BK, g_entropy_B, dz_BV,
-           dz_BV.stride(0), g_BK.shape[1], gain)
+    launch_rows(logps_grad_kernel, *z_BV.shape, z_BV, z_BV.stride(0), targets_BK, entropy_B, lse_B, g_BK, g_entropy_B,
+                dz_BV, dz_BV.stride(0), g_BK.shape[1], gain)
 
 
 def logps_grad_torch(z_BV, targets_BK, results, grads, dz_BV, gain):
@@ -253,7 +253,7 @@ def kl_triton(s_BV, t_BV, kind, beta):
 def kl_grad_triton(s_BV, t_BV, results, grads, dz_BV, kind, beta):
     """Gradient of the student's logits into dz. Bytes: 8V read, 2V (bf16) or 4V written a row."""
     launch_rows(kl_grad_kernel, *s_BV.shape, s_BV, s_BV.stride(0), t_BV, t_BV.stride(0), *results[1:], grads[0], dz_BV,
-           dz_BV.stride(0), kind, beta)
+                dz_BV.stride(0), kind, beta)
 
 
 def kl_terms_torch(s_BV, t_BV, kind, beta):
@@ -397,9 +397,9 @@ class LinearRows(torch.autograd.Function):
         for i, chunk in enumerate(reversed(spans(h_ND.shape[0], plan.rows))):
             z_BV, side_BX = held or fill_logits(chunk, work, h_ND, w_VD, s, sw, plan)
             held, dz = None, dz_BV[: z_BV.shape[0]]
-            chunk_results, chunk_grads = cut(results, chunk), cut(grads, chunk)
+            outputs, upstream = cut(results, chunk), cut(grads, chunk)
             for block in spans(z_BV.shape[0], plan.block):
-                plan.backward(z_BV[block], side_BX[block], cut(chunk_results, block), cut(chunk_grads, block), dz[block])
+                plan.backward(z_BV[block], side_BX[block], cut(outputs, block), cut(upstream, block), dz[block])
             if dh_ND is not None:
                 product(dz, w_VD, dh_ND[chunk], plan.alpha)
             if dw_VD is not None:

@@ -371,8 +371,8 @@ def test_kernels_write_their_outputs_and_nothing_beside_them():
     z, targets = torch.randn(N, V), torch.randint(V, (N, 2))
     logps, entropy, lse, dz = guarded(N, 2), guarded(N), guarded(N), guarded(N, V)
     kernels.launch_rows(kernels.logps_kernel, N, V, z, V, targets, logps[1], entropy[1], lse[1], 2, None)
-    kernels.launch_rows(kernels.logps_grad_kernel, N, V, z, V, targets, entropy[1], lse[1], torch.ones(N, 2), torch.ones(N),
-                   dz[1], V, 2, None)
+    kernels.launch_rows(kernels.logps_grad_kernel, N, V, z, V, targets, entropy[1], lse[1], torch.ones(N, 2),
+                        torch.ones(N), dz[1], V, 2, None)
     check(logps, entropy, lse, dz)
     outputs = [guarded(N) for _ in range(4)]
     kernels.launch_rows(kernels.kl_kernel, N, V, z, V, z + 1, V, *(inner for _, inner in outputs), "jsd", 0.5)

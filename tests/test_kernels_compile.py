@@ -1,5 +1,5 @@
-"""Every Triton kernel, in every configuration that launch_rows() makes of it, compiles for sm_80 and sm_90 without a GPU and
-uses no stack (nothing spills). In a process of its own: where TRITON_INTERPRET is set, nothing compiles."""
+"""Every Triton kernel, in every configuration that launch_rows() makes of it, compiles for sm_80 and sm_90 without a
+GPU and uses no stack (nothing spills). In a process of its own: where TRITON_INTERPRET is set, nothing compiles."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton", reason="no Triton for this system")
 
-# the kernels' arguments by type (*z: logits and results, *low: bf16) and constants; launch_rows() appends width and BLOCK
+# arguments by type (*z: logits and results, *low: bf16) and constants; launch_rows() appends width and BLOCK
 LOGPS = ["*z", "i32", "*i64", "*z", "*z", "*z", 1, None]
 LOGPS_GRAD = ["*z", "i32", "*i64", "*z", "*z", "*z", "*z", "*low", "i32", 1, None]
 KL = ["*z", "i32", "*z", "i32", "*z", "*z", "*z", "*z"]

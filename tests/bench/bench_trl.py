@@ -1,14 +1,16 @@
-"""The scripts beside TRL's trainers on the same work: CPU-seconds a step, tokens per CPU-second, memory, and the ratios.
+"""The scripts beside TRL's trainers on the same work: CPU-seconds a step, tokens per CPU-second, memory, the ratios.
 
-    pip install trl && python tests/bench/bench_trl.py            # some 20 minutes; one thread; no network, no GPU
-    python tests/bench/bench_trl.py --cases sft_mixed --rounds 1  # one case, quickly
+    pip install trl && python tests/bench/bench_trl.py            # half an hour, one thread; no network, no GPU
+    python tests/bench/bench_trl.py --cases sft_mixed --rounds 1  # one case, once
 
-Both sides get the same 3.2 M random weights, tokenizer, texts in the same order, float32 and AdamW, each in a process of
-its own; sides take turns, so that a busy machine slows both. A step's cost is the CPU time of the whole process between
-the ends of two steps, warm-up left out, the median of what remains. Ours runs `main` as the command line does, with its
-defaults. TRL has gradient checkpointing off but for the line `checkpointing`, its default. `micro-batch 16` gives it four
-forwards a step, which is faster on a CPU, and `sorted` also puts each step's rows in the order of their lengths, as no
-flag of TRL's does. The ratio is against each line. Results: tests/bench/results/trl.json.
+Both sides get the same 3.2 M random weights, tokenizer, rows in each step, float32 and AdamW, each in a process of its
+own. They take turns, so that a busy machine slows both, and each round has its own seed. A step costs the CPU time of
+the whole process from the end of the step before to its own end; the first steps are left out, and the median of the
+others counts. Ours is `main` with the flags' defaults. TRL's lines: `plain` turns its gradient checkpointing off,
+`checkpointing` leaves it on, as is its default, `micro-batch 16` takes four forwards a step (faster on a CPU), and
+`sorted` also hands it the rows of each step in the order of their lengths, which no flag of TRL's does: that line is
+shown and not counted. For supervised fine-tuning the benchmark fails unless both begin with the same loss on the same
+tokens; completions are sampled, so there the mean length is printed. Results: tests/bench/results/trl.json.
 """
 
 import argparse
@@ -28,9 +30,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 WARM_UP, ROWS, PROMPTS = 2, 64, 8  # steps left out; rows and prompts a step
 
-# For each case: (what it is, the end-of-text token's logit, TRL's lines, the ratio to reach against the best of them).
 SFT_LINES = ["plain", "micro-batch 16", "checkpointing"]
-# No flag of TRL's sorts the rows of a step, so that line is shown and not counted.
+# For each case: what it is, the end-of-text token's weight, TRL's lines, the ratio to reach against the best of them.
 CASES = {
     "sft_mixed": ("SFT, 16 to 256 tokens, uniform", 0.0, [*SFT_LINES, "micro-batch 16, sorted"], 1.5),
     "sft_equal": ("SFT, all 128 tokens", 0.0, SFT_LINES, 1.0),
@@ -76,8 +77,8 @@ def sums_text(rng, length):
     return text[:length]
 
 
-def prepare(case, folder, steps):
-    """Writes the model, ours.jsonl, and trl.jsonl: the same rows in the order in which ours will visit them."""
+def prepare(case, folder, steps, seed):
+    """Writes the model, ours.jsonl, and the same rows for TRL, in the order in which ours will visit them."""
     from sft import rows_of_step
     save_model(folder / "model", CASES[case][1])
     rng = random.Random(0)
@@ -87,14 +88,15 @@ def prepare(case, folder, steps):
     else:
         pairs = [(rng.randrange(100, 1000), rng.randrange(100, 1000)) for _ in range(PROMPTS * 16)]
         rows, per_step = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs], PROMPTS
-    visited = [[rows[i] for i in rows_of_step(len(rows), per_step, step, 0)] for step in range(steps)]
-    for step in visited if case.startswith("sft") else []:
-        step.sort(key=lambda row: len(row["text"]))
-    for name, some in (("ours", rows), ("trl_sorted", sum(visited, []))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    for step in visited:
-        random.Random(1).shuffle(step)
-    (folder / "trl.jsonl").write_text("".join(json.dumps(row) + "\n" for step in visited for row in step))
+    visited = [[rows[i] for i in rows_of_step(len(rows), per_step, step, seed)] for step in range(steps)]
+    write_rows(folder / "ours.jsonl", [rows])
+    write_rows(folder / "trl.jsonl", visited)
+    if case.startswith("sft"):
+        write_rows(folder / "trl_sorted.jsonl", [sorted(step, key=lambda row: len(row["text"])) for step in visited])
+
+
+def write_rows(path, parts):
+    path.write_text("".join(json.dumps(row) + "\n" for rows in parts for row in rows))
 
 
 def digit_share(text):
@@ -129,14 +131,15 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_ours(case, folder, steps):
+def run_ours(case, folder, steps, seed):
     """`main` of sft.py or grpo.py with its defaults, but for what makes the work the same."""
     import grpo
     import sft
     script = sft if case.startswith("sft") else grpo
     shared = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "ours.jsonl"), n_train=0,
                   output_dir=str(folder / "run"), overwrite=True, per_device_train_batch_size=ROWS, max_steps=steps,
-                  learning_rate=1e-7, lr_scheduler_type="constant", warmup_steps=0, eval_steps=0, save_steps=0, seed=0)
+                  learning_rate=1e-7, lr_scheduler_type="constant", warmup_steps=0, eval_steps=0, save_steps=0,
+                  seed=seed)
     if script is sft:
         config = sft.Config(**shared)
     else:
@@ -159,7 +162,7 @@ def run_ours(case, folder, steps):
     return meter.result()
 
 
-def run_trl(case, folder, steps, line):
+def run_trl(case, folder, steps, seed, line):
     """TRL's trainer; `line` as in CASES."""
     import torch
     import transformers
@@ -170,7 +173,7 @@ def run_trl(case, folder, steps, line):
     shared = dict(output_dir=str(folder / "trl"), per_device_train_batch_size=rows, max_steps=steps,
                   gradient_accumulation_steps=ROWS // rows, gradient_checkpointing=line == "checkpointing",
                   learning_rate=1e-7, lr_scheduler_type="constant", use_cpu=True, bf16=False, save_strategy="no",
-                  report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False)
+                  report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False, seed=seed)
     data = load_dataset("json", data_files=str(folder / ("trl_sorted.jsonl" if "sorted" in line else "trl.jsonl")),
                         split="train", cache_dir=str(folder / "cache"))
     setup = dict(model=AutoModelForCausalLM.from_pretrained(folder / "model"), train_dataset=data,
@@ -199,27 +202,28 @@ def run_trl(case, folder, steps, line):
     return {**meter.result(), "versions": versions}
 
 
-def child(side, case, folder, steps):
+def child(side, case, folder, steps, seed):
     """One process's work: `prepare`, `ours`, or a line of TRL's; the result goes to result.json."""
     import torch
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path.insert(0, str(HERE.parents[1]))
     folder = Path(folder)
     if side == "prepare":
-        return prepare(case, folder, steps)
-    result = run_ours(case, folder, steps) if side == "ours" else run_trl(case, folder, steps, side)
+        return prepare(case, folder, steps, seed)
+    arguments = case, folder, steps, seed
+    result = run_ours(*arguments) if side == "ours" else run_trl(*arguments, side)
     (folder / "result.json").write_text(json.dumps(result))
 
 
 # --- the comparison ---
 
 
-def run_child(side, case, folder, steps, threads):
+def run_child(side, case, folder, steps, seed, threads):
     """What `child` wrote, from a new process; its output is shown only where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-                   "TRANSFORMERS_VERBOSITY": "error", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, __file__, "--child", side, case, str(folder), str(steps)], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                   "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, __file__, "--child", side, case, str(folder), str(steps), str(seed)],
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout[-3000:]}\nbench_trl.py: {case}, {side}: exit code {done.returncode}")
     return None if side == "prepare" else json.loads((folder / "result.json").read_text())
@@ -228,12 +232,11 @@ def run_child(side, case, folder, steps, threads):
 def compare(case, steps, rounds, threads):
     """Runs every side of a case in turn: {side: the figures of its table row}."""
     sides, found = ["ours", *CASES[case][2]], {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        run_child("prepare", case, folder, steps, threads)
-        for _ in range(rounds):
-            for side in sides:
-                found.setdefault(side, []).append(run_child(side, case, folder, steps, threads))
+    for seed in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for side in ["prepare", *sides]:
+                found.setdefault(side, []).append(run_child(side, case, Path(folder), steps, seed, threads))
+    del found["prepare"]
     rows = {}
     for side, runs in found.items():
         cost = statistics.median(seconds for run in runs for seconds in run["cpu_s"])
@@ -242,9 +245,8 @@ def compare(case, steps, rounds, threads):
                       "peak_mb": max(run["peak_mb"] for run in runs),
                       "before_mb": statistics.median(run["before_mb"] for run in runs), "runs": runs}
     for row in rows.values():
-        row["ours_over_this"] = rows["ours"]["tokens_per_cpu_s"] / row["tokens_per_cpu_s"]
-        row["ours_over_this_by_round"] = [
-            speed(ours) / speed(run) for ours, run in zip(rows["ours"]["runs"], row["runs"])]
+        row["ratio_by_round"] = [speed(ours) / speed(run) for ours, run in zip(rows["ours"]["runs"], row["runs"])]
+        row["ratio"] = statistics.median(row["ratio_by_round"])
     if case.startswith("sft"):
         check_same_work(case, rows)
     return rows
@@ -257,9 +259,8 @@ def speed(run):
 
 def check_same_work(case, rows):
     """Ends the benchmark unless all sides trained on the same tokens and began with the same loss."""
-    ours = rows["ours"]["runs"][0]
     for side, row in rows.items():
-        for run in row["runs"]:
+        for ours, run in zip(rows["ours"]["runs"], row["runs"]):
             if run["tokens"] != ours["tokens"] or abs(run["first_loss"] - ours["first_loss"]) > 1e-4:
                 sys.exit(f"bench_trl.py: {case}, {side}: not the same work: tokens {run['tokens']}, loss "
                          f"{run['first_loss']}; ours {ours['tokens']}, {ours['first_loss']}")
@@ -268,20 +269,20 @@ def check_same_work(case, rows):
 def show(case, rows):
     """Prints a case's table."""
     title, _, lines, target = CASES[case]
-    least = min(rows[line]["ours_over_this"] for line in lines if "sorted" not in line)
+    least = min(rows[line]["ratio"] for line in lines if "sorted" not in line)
     print(f"\n{title}: at least {least:.2f} times TRL (wanted: {target})")
-    print(f"{'':30}{'CPU-s/step':>11}{'tokens/step':>12}{'tokens/CPU-s':>13}{'ours/this (rounds)':>23}{'peak MB':>9}"
+    print(f"{'':30}{'CPU-s/step':>11}{'tokens/step':>12}{'tokens/CPU-s':>13}{'ours / this (rounds)':>23}{'peak MB':>9}"
           f"{'before step 1':>14}{'first loss':>11}")
     for side, row in rows.items():
-        spread = "-".join(f"{ratio:.2f}" for ratio in sorted({min(row["ours_over_this_by_round"]),
-                                                               max(row["ours_over_this_by_round"])}))
-        ratio = "" if side == "ours" else f"{row['ours_over_this']:.2f} ({spread})"
+        low, high = min(row["ratio_by_round"]), max(row["ratio_by_round"])
+        ratio = "" if side == "ours" else f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
         loss = f"{row['runs'][0]['first_loss']:.5f}" if case.startswith("sft") else ""
         print(f"{side if side == 'ours' else 'TRL, ' + side:30}{row['cpu_s_per_step']:>11.3f}"
               f"{row['tokens_per_step']:>12,.0f}{row['tokens_per_cpu_s']:>13,.0f}{ratio:>23}{row['peak_mb']:>9,.0f}"
               f"{row['before_mb']:>14,.0f}{loss:>11}", flush=True)
     if case.startswith("grpo"):
-        print("mean completion: " + ", ".join(f"{side} {row['tokens_per_step'] / ROWS:.1f}" for side, row in rows.items()))
+        lengths = (f"{side} {row['tokens_per_step'] / ROWS:.1f}" for side, row in rows.items())
+        print(f"mean completion: {', '.join(lengths)} tokens")
 
 
 def cpu_model():
@@ -310,6 +311,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:5], int(sys.argv[5]))
+        child(*sys.argv[2:5], *map(int, sys.argv[5:]))
     else:
         main()
