@@ -1,6 +1,6 @@
 """The long version of test_survive.py: prints what was done to the runs, and what each lost.
 
-    python tests/soak.py             # 50 kills, each write, each file of a checkpoint, bad inputs: half an hour
+    python tests/soak.py             # 50 kills, each write, each file of a checkpoint, bad inputs: 25 busy minutes
     python tests/soak.py --kills 500 --only kills
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 import faults
 from faults import assert_same, run, steps_of
 from test_survive import GRPO, SFT, spread
+
+faults.FORKS.set_forkserver_preload(["faults", "test_survive"])  # each process looks for this file's imports
 
 RUNS = {"sft": ("sft", SFT, 1), "grpo": ("grpo", GRPO, 1), "grpo, beta": ("grpo", {**GRPO, "beta": 0.1}, 1),
         "sft, 2 processes": ("sft", spread(SFT, False, 2), 2), "sft, fsdp": ("sft", spread(SFT, True, 2), 2),
