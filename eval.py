@@ -53,6 +53,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfA
                           Qwen3Config, Qwen3ForCausalLM)
 from transformers.cache_utils import DynamicLayer
 
+transformers.logging.disable_progress_bar()  # one for every save and load would bury the lines of a run
+
 # --- problems ---
 
 
