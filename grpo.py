@@ -818,16 +818,6 @@ def fill_learning_rate(config, model, small, large):
     config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
 
 
-def show_example(example, tokenizer):
-    """Prints one example; what is trained on stands in green, or in brackets where the output is not a terminal."""
-    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    text, inside = "", False
-    for token, trained in zip(example.ids, example.trained):
-        text += (end if inside and not trained else "") + (begin if trained and not inside else "")
-        text, inside = text + tokenizer.decode([token]), trained
-    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
-
-
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
     parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",

@@ -43,6 +43,15 @@ def test_every_flag_is_read_and_explained(name):
         assert field.name in read, f"--{field.name} is read by nobody"
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_function_of_a_script_is_used_in_it(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert node.name in used, f"{name}.py: {node.name} is dead code"
+
+
 def test_flags_of_the_same_name_mean_the_same():
     for name in {f.name for f in fields(sft.Config)} & {f.name for f in fields(grpo.Config)}:
         a, b = ({f.name: f for f in fields(script.Config)}[name] for script in (sft, grpo))
