@@ -68,9 +68,10 @@ class Problem:
     prompt: str | list[dict]  # text, or chat messages
     answer: str
     solution: str | None = None  # worked out, with the answer at its end
-    hints: tuple[str, ...] = ()  # from abstract to concrete
+    hints: tuple = ()  # from abstract to concrete: texts, or tiers of texts that add up
     domain: str = ""
     level: int = 0
+    subgoals: tuple = ()  # (prompt, answer) of problems on the way to this one, in order
 
 
 CHAIN_DOMAINS = {"add": "+", "sub": "-", "mul": "*", "mixed": "+-*"}
@@ -153,7 +154,8 @@ def chain_problems(split, n, seed, levels, domains, error_rate):
         final = answer
         if error_rate:
             steps, final = chain_steps(first, operations, error_rate, slips)
-        problems.append(Problem(prompt, str(answer), f"{';'.join(steps)}#{final}", hints, domain, level))
+        subgoals = chain_subgoals(first, operations)
+        problems.append(Problem(prompt, str(answer), f"{';'.join(steps)}#{final}", hints, domain, level, subgoals))
     return problems
 
 
@@ -202,6 +204,15 @@ def largest_operand(op, value, remaining):
 def apply_operator(op, left, right):
     """left op right for +, - and *."""
     return left + right if op == "+" else left - right if op == "-" else left * right
+
+
+def chain_subgoals(first, operations):
+    """The expression cut short after each operation but the last: ((prompt, answer), ...)."""
+    subgoals, text, value = [], str(first), first
+    for op, operand in operations[:-1]:
+        text, value = f"{text}{op}{operand}", apply_operator(op, value, operand)
+        subgoals.append((f"{text}=", str(value)))
+    return tuple(subgoals)
 
 
 def chain_steps(first, operations, error_rate=0.0, slips=None):
@@ -357,8 +368,21 @@ def row_problem(row, prompt_column, answer_column, where):
         raise InputError(f"{where}: column {answer_column!r} holds no answer to check against")
     domain = next((str(row[column]) for column in DOMAIN_COLUMNS if row.get(column)), "")
     level = re.search(r"\d+", str(row.get("level", "")))  # MATH writes "Level 3"
-    return Problem(prompt, str(answer).strip(), solution if isinstance(solution, str) else None, domain=domain,
-                   level=int(level.group()) if level else 0)
+    return Problem(prompt, str(answer).strip(), solution if isinstance(solution, str) else None,
+                   nested(row, "hints", where), domain, int(level.group()) if level else 0,
+                   nested(row, "subgoals", where))
+
+
+def nested(row, column, where):
+    """A column of texts or lists of texts, as a tuple of texts or tuples; () where there is none. InputError."""
+    value = row.get(column) or []
+    value = [value] if isinstance(value, str) else value
+    items = [item if isinstance(item, list) else [item] for item in value] if isinstance(value, list) else [[None]]
+    if not all(isinstance(text, str) and text for item in items for text in item):
+        raise InputError(f"{where}: column {column!r} must be a list of texts, or of lists of texts")
+    if column == "subgoals" and not all(len(item) == 2 for item in items):
+        raise InputError(f"{where}: column 'subgoals' must be a list of [prompt, answer]")
+    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
 
 
 def filter_problems(problems, levels, domains):
@@ -775,7 +799,7 @@ def draw_tokens(logits_BV, uniforms_B, temperature, top_p, top_k):
 
 
 def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k, tick):
-    """Continues each prompt n times, all rows side by side: (tokens_BT, logps_BT, lengths_B, finished_B) on the CPU.
+    """Continues prompt i n[i] times, all rows side by side: (tokens_BT, logps_BT, lengths_B, finished_B) on the CPU.
 
     A prompt is prefilled once and its cache repeated; rows that have ended are dropped from the batch.
     """
@@ -796,9 +820,10 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     cache = new_cache(model)
     places = {"attention_mask": mask_PW, "position_ids": (mask_PW.cumsum(1) - 1).clamp(0)} if padded else {}
     logits_LV = model(input_ids=ids_PW, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
-    logits_LV = logits_LV.repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
-    mask_LC = mask_PW.repeat_interleave(n, 0)
+    copies_P = torch.tensor(n, device=device)
+    logits_LV = logits_LV.repeat_interleave(copies_P, 0)
+    cache.batch_repeat_interleave(copies_P)
+    mask_LC = mask_PW.repeat_interleave(copies_P, 0)
     for t in range(T):
         next_L, logps_BT[live_L, t] = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
         tokens_BT[live_L, t] = next_L
@@ -830,29 +855,33 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
              batch_size=256, progress=False, keys=None):
     """Samples n completions of each prompt (lists of token ids): Rollouts, row i * n + j the j-th of prompt i.
 
-    `seed` is an int or a list of ints. The random numbers of a row are a function of (seed, its prompt's key, j)
-    alone; `keys` names the prompts where they are a part of a larger set (default 0, 1, ...). So what a row says does
-    not depend on the rows beside it, on batch_size (rows decoded at once), or on the number of processes, but for
-    rounding. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. The model is left in the mode it was in.
+    `n` may be a list, one number a prompt; a prompt's rows then follow those of the prompts before it. `seed` is an
+    int or a list of ints. The random numbers of a row are a function of (seed, its prompt's key, j) alone; `keys`
+    names the prompts where they are a part of a larger set (default 0, 1, ...). So what a row says does not depend on
+    the rows beside it, on batch_size (rows decoded at once), or on the number of processes, but for rounding.
+    temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. The model is left in the mode it was in.
     """
     seed = seed if isinstance(seed, (list, tuple)) else [seed]
     keys = range(len(prompts)) if keys is None else keys
     stop, training = stop_ids(model, tokenizer), model.training
     model.eval()
-    rows = len(prompts) * n
+    counts = n if isinstance(n, (list, tuple)) else [n] * len(prompts)
+    first = np.cumsum([0, *counts]).tolist()
+    rows = first[-1]
     out = Rollouts(torch.zeros(rows, max_new_tokens, dtype=torch.long), torch.zeros(rows, max_new_tokens),
                    torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths side by side: little padding
-    per_batch = max(1, batch_size // n)
     bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress)
     tokens = 0
-    for start in range(0, len(order), per_batch):
-        part = order[start : start + per_batch]
-        rows_B = [i * n + j for i in part for j in range(n)]
+    while order:
+        fits = sum(total <= batch_size for total in np.cumsum([counts[i] for i in order]))
+        part, order = order[: max(1, fits)], order[max(1, fits) :]
+        rows_B = [row for i in part for row in range(first[i], first[i + 1])]
         uniforms_BT = torch.from_numpy(np.stack([
-            np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i in part for j in range(n)]))
+            np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i in part for j in range(counts[i])]))
         before = bar.n
-        batch = decode_batch(model, [prompts[i] for i in part], n, uniforms_BT, stop, temperature, top_p, top_k,
+        batch = decode_batch(model, [prompts[i] for i in part], [counts[i] for i in part], uniforms_BT, stop,
+                             temperature, top_p, top_k,
                              lambda t, going: bar.update(before + len(rows_B) - going - bar.n))
         out.tokens_RT[rows_B], out.logps_RT[rows_B], out.lengths_R[rows_B], out.finished_R[rows_B] = batch
         tokens += int(batch[2].sum())

@@ -25,10 +25,12 @@ S = T - 1 predicting positions · N trained tokens.
 import contextlib
 import copy
 import hashlib
+import heapq
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +57,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import HfArgumentParser
 
-from eval import (InputError, Rollouts, encode_prompt, evaluate, extract_answer, generate, load_model, load_problems,
-                  plot_runs, softcap, verify)
+from eval import (InputError, Rollouts, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template, generate,
+                  load_model, load_problems, plot_runs, softcap, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -91,15 +93,50 @@ class Config:
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
     generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
-    reward_funcs: list[str] = flag(["accuracy"], "any of accuracy, format, length")
+    stages: list[str] = flag([], "limit x G of equal parts of the run, such as 64x16 128x8 256x4; none: one stage")
+    sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
+    arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain")
+    sampler_rate: float = flag(0.5, "sec, domain_aware: weight of the newest step in the running mean")
+    sampler_temperature: float = flag(0.0, "of the choice among arms; 0: sec 0.4, dump 0.1, domain_aware 0.3")
+    dump_window: int = flag(300, "dump: an arm's last so many completions count")
+    horizon_gate: float = flag(0.8, "horizon: accuracy that opens the next arm; 0: equal shares of --max_steps")
+    horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one")
+    adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn")
+    adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty")
+    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest and most completions of a prompt")
+    knapsack_reweight: bool = flag(True, "knapsack: a prompt weighs as many completions as it got; off: all weigh G")
+    max_rounds: int = flag(10, "dynamic: sample at most so many times for one step")
+    scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)")
+    scaffold_exempt: float = flag(0.15, "share of --max_steps before a scaffold helps")
+    scaffold_samples: int = flag(1, "completions sampled at each level of help")
+    hint_template: str = flag("{prompt}\n\nHint: {hint}", "the prompt with help, from {prompt} and {hint}")
+    hint_logps: str = flag("auto", "train the helped completion under the prompt: hinted, plain; auto: plain for egsr")
+    subgoal_form: str = flag("given", "subgoals: alone, or given the steps before it")
+    reward_funcs: list[str] = flag(["accuracy"], "any of accuracy, format, length, budget, format_length")
     reward_weights: list[float] = flag([], "one weight per reward function; none: 1 each")
+    shape_silent_groups: bool = flag(False, "let other rewards than accuracy move groups without a right completion")
+    length_budget: list[int] = flag([], "budget: tokens asked for at the start and at the end; none: limit and a third")
+    budget_drops: int = flag(3, "budget: equally spaced cuts on the way from the first to the last; 0: the last always")
+    budget_gate: bool = flag(True, "budget: paid for right completions only (the paper pays wrong ones too)")
     loss_type: str = flag("dapo", "grpo, dr_grpo, dapo, gspo or cispo")
     epsilon: float = flag(0.0, "ratios clip below 1 - this; 0: as the loss's paper (0.2; gspo 3e-4; cispo: none)")
     epsilon_high: float = flag(0.0, "ratios clip above 1 + this; 0: as the loss's paper (0.2; dapo .28; gspo 4e-4)")
     cispo_max_weight: float = flag(5.0, "cispo: the largest weight of a token, an absolute ratio (TRL's epsilon_high)")
     scale_rewards: str = flag("auto", "divide advantages by the std of: group, batch, none; auto: none for dr_grpo")
+    baseline: str = flag("mean", "what a reward is compared with: mean of its group, or leave_one_out of the others")
     beta: float = flag(0.0, "weight of the KL divergence to the model given")
+    kl_in_reward: bool = flag(False, "the KL lowers a completion's advantage (T1) instead of being differentiated")
+    ref_model_mixup_alpha: float = flag(0.0, "share of the policy mixed into the reference of --beta; 0: it is fixed")
+    ref_model_sync_steps: int = flag(1, "mix it in every so many steps")
     entropy_coef: float = flag(0.0, "weight of an entropy bonus, per token")
+    entropy_weighting: str = flag("uniform", "of the bonus's tokens: uniform, or tea (where the update costs entropy)")
+    teacher_model_name_or_path: str = flag("", "a model with the same tokenizer that --kd_coef pulls towards")
+    kd_coef: float = flag(0.0, "weight of the KL divergence to the teacher")
+    kd_direction: str = flag("reverse", "whose KL the gradient follows: reverse (k2), forward (k3)")
+    kd_schedule: str = flag("constant", "constant, anneal (linearly to a fifth), switch (only in the first half)")
+    kd_rows: str = flag("all", "completions the KL acts on: all, wrong, stuck (groups without a right one)")
+    hpt_gate: float = flag(-1.0, "prompts answered right at most this share learn from their solution; below 0: off")
+    sft_coef: float = flag(1.0, "hpt: weight of a solution's log-likelihood")
     num_iterations: int = flag(1, "optimizer steps on each step's rollouts")
     mask_truncated_completions: bool = flag(False, "do not train on completions that the limit cut off")
     soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing")
@@ -202,6 +239,46 @@ def kl_k3(logps_BS, reference_logps_BS):
     return log_ratio_BS.expm1() - log_ratio_BS
 
 
+def tea_weights(advantages_R, logps_RT, mask_RT, scale=10.0, largest=5.0):
+    """Weights of an entropy bonus that goes where the update destroys entropy: [R, T], 0 outside the mask, no gradient.
+
+    Large where the advantage and the token's log-prob stand on the same side of their means over the step: likely
+    tokens of winners, unlikely tokens of losers. softmax over each row, so the mean weight is scale / length.
+    Source: Light-IF 2508.03178, token-wise entropy-adaptive regularisation; the constants are its code's.
+    """
+    counts_R = mask_RT.sum(1)
+    mean_advantage = (advantages_R * counts_R).sum() / counts_R.sum()
+    mean_logp = (logps_RT * mask_RT).sum() / counts_R.sum()
+    covariance_RT = (advantages_R[:, None] - mean_advantage) * (logps_RT - mean_logp)
+    return (scale * covariance_RT.masked_fill(~mask_RT, -math.inf).softmax(1)).clamp(0, largest).detach().nan_to_num()
+
+
+def teacher_penalty(logps_BS, teacher_logps_BS, direction):
+    """Per token, on tokens the policy sampled: what to minimise to move towards the teacher.
+
+    Named by the KL whose gradient it has, which is not what its value suggests: k2 = log-ratio^2 / 2 has the gradient
+    of KL(policy || teacher), `reverse`; k3 = r - 1 - log r that of KL(teacher || policy), `forward`; k1 as a loss has
+    none. Log-ratios beyond 10 pull no harder than 10. Source: KDRL 2506.02208; Schulman 2020; by enumeration in tests.
+    """
+    if direction == "reverse":
+        return nn.functional.huber_loss(logps_BS, teacher_logps_BS, reduction="none", delta=10.0)
+    log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(-10, 10)
+    return log_ratio_BS.expm1() - log_ratio_BS
+
+
+def triangle(length, budget):
+    """From 0 for an empty completion up to 1 at the budget, down to 0 at twice of it. Source: 2508.08940 section 3."""
+    return max(0.0, 1 - abs(length - budget) / budget)
+
+
+def length_surrogate(share, peak=0.5):
+    """What a completion that takes this share of the limit earns, 1 at the peak, -1 at the limit.
+
+    Source: surrogate signals 2505.19439 section 3.2.
+    """
+    return 1 - (1 - share / peak) ** 2 if share <= peak else 1 - 2 * ((share - peak) / (1 - peak)) ** 2
+
+
 def clip_share(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
     """Tokens whose gradient the clip removed (for cispo: cut), counted: scalar."""
     if config.loss_type == "gspo":
@@ -221,6 +298,36 @@ def soft_overlong(length, limit, soft):
 # --- data ---
 
 
+class Pace(NamedTuple):
+    """All that depends on the step alone, so that a resumed run needs no state for it."""
+
+    step: int
+    limit: int  # tokens of a completion at most
+    generations: int  # completions per prompt
+    budget: float  # tokens that the `budget` reward asks for
+    kd_coef: float  # weight of the KL to the teacher
+    helps: bool  # is the scaffold at work yet?
+
+
+def pace_of(step, config):
+    """The Pace of optimizer step `step` (from 0).
+
+    stages: limit and group size change at equal parts of the run (PTST, Vision-R1 2503.06749 section 3.3). budget:
+    `budget_drops` equal factors at equal distances lead from the first to the last (Train Long, Think Short
+    2508.08940 section 3). kd: KDRL 2506.02208 anneals; its switch here is half-way. scaffold_exempt: Scaf-GRPO
+    2510.19807 section 3.1 lets a policy try alone first, 15 % of the steps.
+    """
+    done = step / config.max_steps
+    limit, generations = config.max_completion_length, config.num_generations
+    if config.stages:
+        limit, generations = map(int, config.stages[int(done * len(config.stages))].split("x"))
+    first, final = config.length_budget or (config.max_completion_length, config.max_completion_length / 3)
+    drops = config.budget_drops
+    budget = first * (final / first) ** (int(done * (drops + 1)) / drops) if drops else final
+    kd = {"constant": 1.0, "anneal": 1 - 0.8 * done, "switch": float(done < 0.5)}[config.kd_schedule]
+    return Pace(step, limit, generations, budget, config.kd_coef * kd, done >= config.scaffold_exempt)
+
+
 class Example(NamedTuple):
     """One sequence to train on."""
 
@@ -236,17 +343,22 @@ def load_train_problems(config, error_rate=0.0):
                          prompt_template=config.prompt_template)
 
 
-def rows_of_step(n_rows, rows_per_step, step, seed):
-    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
 
-    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
-    """
-    first, indices = step * rows_per_step, []
-    while len(indices) < rows_per_step:
-        epoch, offset = divmod(first + len(indices), n_rows)
-        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
-    return indices
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    before = whole.rpartition(answer)[0]
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
 
 def micro_batches(lengths, max_rows, max_tokens, world):
@@ -807,6 +919,8 @@ def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, wor
     if world.rank == 0:
         result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
         numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        if len(result["by_level"]) > 1:
+            numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
         for record in result["records"][:4]:
             append_line(run / "samples.jsonl", {"step": step, **record})
     barrier()
@@ -847,84 +961,761 @@ def launch(main, Config):
     sys.exit(code)
 
 
+# --- samplers ---
+
+
+class Uniform:
+    """Every problem in turn, shuffled anew for each pass. The other samplers are this one but for what they override.
+
+    pick(pace, n_rows) says what to sample next, as (index of a problem, completions), at most n_rows completions, for
+    all but measurements; update(groups) sees every group that came back, before any filter, and looks at the
+    checker's verdicts alone, never at shaped rewards; keep(group) says whether it may train. `rounds` bounds how often
+    a step samples. `state` is all that was learned, as JSON: checkpoints hold it.
+    """
+
+    rounds = 1
+
+    def __init__(self, arms_N, config):
+        self.config, self.names = config, sorted(set(arms_N))
+        self.arm_of = [self.names.index(arm) for arm in arms_N]
+        self.members = [[i for i, arm in enumerate(self.arm_of) if arm == a] for a in range(len(self.names))]
+        self.state = {"drawn": [0] * len(self.names), "passed": 0}
+
+    def pick(self, pace, n_rows):
+        count = n_rows // pace.generations
+        found = in_order(len(self.arm_of), self.state["passed"], count, self.config.seed)
+        self.state["passed"] += count
+        return [(i, pace.generations) for i in found]
+
+    def update(self, groups):
+        pass
+
+    def keep(self, group):
+        return True
+
+    def shares(self):
+        """The chance of each arm at the next pick: list of float, or None where arms are not what is chosen."""
+        return None
+
+    def from_arms(self, arms, pace):
+        """The next problem of each arm named, in a shuffled order of its own."""
+        picks = []
+        for arm in arms:
+            members, drawn = self.members[arm], self.state["drawn"][arm]
+            [place] = in_order(len(members), drawn, 1, (self.config.seed, arm))
+            self.state["drawn"][arm] += 1
+            picks.append((members[place], pace.generations))
+        return picks
+
+    def by_shares(self, pace, n_rows):
+        """Problems of arms drawn with the chances of `shares`."""
+        rng = np.random.default_rng([self.config.seed, sum(self.state["drawn"]), 1])
+        return self.from_arms(rng.choice(len(self.names), n_rows // pace.generations, p=self.shares()), pace)
+
+    def by_arm(self, groups, value):
+        """The mean of value(group) over the groups of each arm: {arm: mean}."""
+        found = {}
+        for group in groups:
+            found.setdefault(self.arm_of[group.problem], []).append(value(group))
+        return {arm: sum(values) / len(values) for arm, values in found.items()}
+
+
+class Horizon(Uniform):
+    """Short problems until they are mastered, then longer ones, with some review of the earlier.
+
+    An arm is mastered when the verdicts of its last 8 or more groups average `horizon_gate`; gate 0 gives each arm an
+    equal share of the steps, as the paper does. Source: h1 2510.07312 section 3; the gate and the review are ours.
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state |= {"stage": 0, "recent": []}
+
+    def shares(self):
+        stage, review = self.state["stage"], self.config.horizon_review if self.state["stage"] else 0.0
+        earlier = [review / stage] * stage if stage else []
+        return earlier + [1 - review] + [0.0] * (len(self.names) - stage - 1)
+
+    def pick(self, pace, n_rows):
+        if not self.config.horizon_gate:
+            self.state["stage"] = int(pace.step / self.config.max_steps * len(self.names))
+        return self.by_shares(pace, n_rows)
+
+    def update(self, groups):
+        stage, gate = self.state["stage"], self.config.horizon_gate
+        found = [group.success() for group in groups if self.arm_of[group.problem] == stage]
+        recent = self.state["recent"] = (self.state["recent"] + found)[-max(8, len(groups)) :]
+        if gate and len(recent) >= 8 and sum(recent) / len(recent) >= gate and stage < len(self.names) - 1:
+            self.state |= {"stage": stage + 1, "recent": []}
+
+
+class SEC(Uniform):
+    """Self-Evolving Curriculum: a bandit over arms; an arm pays its mean |advantage|, a proxy of what it teaches.
+
+    Q <- (1 - rate) Q + rate mean|A| for the arms seen; chance softmax(Q / temperature). The authors' code lets the
+    value of an arm that was not drawn decay, which their equation does not; here it stays.
+    Source: SEC 2505.14970 section 3.
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state["values"] = [0.0] * len(self.names)
+
+    def shares(self):
+        return softmax(self.state["values"], self.config.sampler_temperature)
+
+    def pick(self, pace, n_rows):
+        return self.by_shares(pace, n_rows)
+
+    def update(self, groups):
+        rate, values = self.config.sampler_rate, self.state["values"]
+        for arm, gain in self.by_arm(groups, lambda group: group.mean_gain(self.config)).items():
+            values[arm] = (1 - rate) * values[arm] + rate * gain
+
+
+class DUMP(Uniform):
+    """Upper confidence bounds over arms: what an arm teaches, plus a bonus for having been tried little.
+
+    U = mean|A| over its last `dump_window` completions + sqrt(2 ln(N + 1) / (n + 1)), n the completions ever drawn
+    from it and N from all; chance softmax(U / temperature). Source: DUMP 2504.09710 section 3.2 and its code (which
+    counts completions, not groups, so the bonus is gone after some twenty steps).
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state |= {"gains": [[] for _ in self.names], "counts": [0] * len(self.names)}
+
+    def bonus(self):
+        total = sum(self.state["counts"])
+        return [math.sqrt(2 * math.log(total + 1) / (count + 1)) for count in self.state["counts"]]
+
+    def shares(self):
+        means = [sum(gain * n for gain, n in gains) / max(1, sum(n for _, n in gains)) for gains in self.state["gains"]]
+        return softmax([mean + bonus for mean, bonus in zip(means, self.bonus())], self.config.sampler_temperature)
+
+    def pick(self, pace, n_rows):
+        return self.by_shares(pace, n_rows)
+
+    def update(self, groups):
+        for group in groups:
+            arm, n = self.arm_of[group.problem], len(group.rows)
+            gains = self.state["gains"][arm] = self.state["gains"][arm] + [[group.mean_gain(self.config), n]]
+            while len(gains) > 1 and sum(n for _, n in gains[1:]) >= self.config.dump_window:
+                gains.pop(0)
+            self.state["counts"][arm] += n
+
+
+class DomainAware(Uniform):
+    """RuleReasoner's sampling: the arms that fall most short of full reward get the most prompts, in exact quotas.
+
+    mean <- rate mean + (1 - rate) mean reward of the step; weight softmax((1 - mean) / temperature). An arm not seen
+    yet counts as reward 0; one whose quota is 0 keeps its last mean and can come back. The authors' code averages
+    a buffer in another way than their equation; the equation stands here. Source: RuleReasoner 2506.08672 section 3.2.
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state["rewards"] = [None] * len(self.names)
+
+    def shares(self):
+        return softmax([1 - (mean or 0.0) for mean in self.state["rewards"]], self.config.sampler_temperature)
+
+    def pick(self, pace, n_rows):
+        return self.from_arms(quotas(self.shares(), n_rows // pace.generations), pace)
+
+    def update(self, groups):
+        rate, rewards = 1 - self.config.sampler_rate, self.state["rewards"]
+        for arm, reward in self.by_arm(groups, Group.success).items():
+            rewards[arm] = reward if rewards[arm] is None else rate * rewards[arm] + (1 - rate) * reward
+
+
+class ADCL(Uniform):
+    """Adaptive difficulty: easy to hard in `adcl_chunks` parts, each measured and sorted anew before its turn.
+
+    What is sampled to measure counts as rollouts and does not train. Which chunk a problem is in is settled once, by
+    the model that the run began with; after the last chunk it starts over. Source: 2505.08364 section 3.1.
+    """
+
+    rounds = 10
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state |= {"difficulty": [None] * len(arms_N), "chunks": [], "turn": 0, "left": [], "measuring": []}
+
+    def pick(self, pace, n_rows):
+        state, n = self.state, n_rows // pace.generations
+        if not state["left"]:  # a chunk is at its end
+            turn = state["turn"] = state["turn"] + bool(state["chunks"])
+            state["measuring"] = (state["chunks"][turn % len(state["chunks"])] if state["chunks"]
+                                  else list(range(len(self.arm_of))))
+            return [(i, self.config.adcl_samples) for i in state["measuring"]]
+        found, state["left"], state["measuring"] = state["left"][:n], state["left"][n:], []
+        return [(i, pace.generations) for i in found]
+
+    def update(self, groups):
+        state = self.state
+        if not state["measuring"]:
+            return
+        for group in groups:
+            state["difficulty"][group.problem] = 1 - group.success()
+        state["left"] = sorted(state["measuring"], key=lambda i: (state["difficulty"][i], i))
+        if not state["chunks"]:
+            state["chunks"] = [part.tolist() for part in np.array_split(state["left"], self.config.adcl_chunks)]
+            state["left"] = state["chunks"][0]
+
+    def keep(self, group):
+        return not self.state["measuring"]
+
+
+class Knapsack(Uniform):
+    """Problems in turn, but the step's completions go where one more of them is worth most.
+
+    A problem's success rate is that of its last 16 completions, once it has 8; before that it gets G.
+    `knapsack_reweight` keeps what the paper does implicitly, that a problem with more completions weighs more in the
+    loss. Source: Knapsack RL 2509.25849 section 3; see `knapsack_allocation`.
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.state["verdicts"] = {}
+
+    def pick(self, pace, n_rows):
+        picks = super().pick(pace, n_rows)
+        memory = [self.state["verdicts"].get(str(i), []) for i, _ in picks]
+        rates = [sum(found) / len(found) if len(found) >= 8 else None for found in memory]
+        counts = knapsack_allocation(rates, n_rows, pace.generations, *self.config.knapsack_range)
+        return [(i, count) for (i, _), count in zip(picks, counts)]
+
+    def update(self, groups):
+        for group in groups:
+            found = self.state["verdicts"].get(str(group.problem), []) + [int(row.right) for row in group.rows]
+            self.state["verdicts"][str(group.problem)] = found[-16:]
+
+
+class Dynamic(Uniform):
+    """DAPO's dynamic sampling: groups all right or all wrong are thrown away and others sampled in their place.
+
+    Where `max_rounds` do not fill the step it trains on what there is, with the weights it would have in a full one
+    (verl stops the run). Source: DAPO 2503.14476 section 3.2, by verdict as verl's filter on `acc`.
+    """
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        self.rounds = config.max_rounds
+
+    def keep(self, group):
+        return 0 < group.success() < 1
+
+
+class Yoked(Uniform):
+    """Replays how many completions another run gave to each arm at each step: its schedule without its adaptivity."""
+
+    def __init__(self, arms_N, config):
+        super().__init__(arms_N, config)
+        path = Path(config.sampler.partition(":")[2]) / "metrics.jsonl"
+        if not path.is_file():
+            raise InputError(f"--sampler {config.sampler}: {path} is not there")
+        self.replayed = [json.loads(line) for line in path.read_text().splitlines()]
+        columns = {name for name in self.replayed[0] if name.startswith("sampler/rollouts/")}
+        mine = {f"sampler/rollouts/{name}" for name in self.names}
+        if columns != mine or len(self.replayed) < config.max_steps:
+            raise InputError(f"--sampler {config.sampler}: that run has {len(self.replayed)} steps and arms "
+                             f"{sorted(columns)}, this one {config.max_steps} and {sorted(mine)}")
+
+    def pick(self, pace, n_rows):
+        line = self.replayed[pace.step]
+        arms = [arm for arm, name in enumerate(self.names)
+                for _ in range(round(line[f"sampler/rollouts/{name}"] / pace.generations))]
+        return self.from_arms(arms, pace)
+
+
+def in_order(n, first, count, seed):
+    """Places first, first + 1, ... of an endless walk through range(n), shuffled anew for each pass: list of int."""
+    found = []
+    while len(found) < count:
+        epoch, offset = divmod(first + len(found), n)
+        key = [*seed, epoch] if isinstance(seed, tuple) else [seed, epoch]
+        found += np.random.default_rng(key).permutation(n)[offset : offset + count - len(found)].tolist()
+    return found
+
+
+def softmax(values, temperature):
+    """exp(value / temperature) / their sum: list of float."""
+    return torch.tensor(values, dtype=torch.float64).div(temperature).softmax(0).tolist()
+
+
+def quotas(shares, count):
+    """`count` places dealt out by `shares`, floors first, the rest one by one to the largest shares: list of arms.
+
+    >>> quotas([0.5, 0.3, 0.2], 4)
+    [0, 0, 0, 1]
+    """
+    floors = [int(count * share + 1e-9) for share in shares]
+    largest = sorted(range(len(shares)), key=lambda arm: -shares[arm])
+    for arm in largest[: count - sum(floors)]:
+        floors[arm] += 1
+    return [arm for arm, n in enumerate(floors) for _ in range(n)]
+
+
+def knapsack_allocation(rates_P, total, usual, low, high):
+    """How many completions each prompt gets, at most `total` in all: list of int.
+
+    The worth of n completions at success rate p is (1 - p^n - (1-p)^n) p (1-p)^2, the chance of a gradient times what
+    it gains. It is concave in n, so giving out one completion after another where it adds most is exactly optimal.
+    Every prompt gets `low`, one of unknown rate (None) `usual`, a mixed one at most `high`. What the mixed ones do not
+    need for a group that is mixed with chance 0.9 goes to prompts never answered right, else to all.
+    Source: Knapsack RL 2509.25849 section 3; the order and the constants are its code's.
+    """
+    counts = [usual if rate is None else low for rate in rates_P]
+    mixed = [i for i, rate in enumerate(rates_P) if rate and rate < 1]
+    enough = [min(high, math.ceil(math.log(0.1) / math.log(max(rates_P[i], 1 - rates_P[i])))) for i in mixed]
+    left = total - sum(counts)
+    spare = max(0, left - sum(max(0, n - low) for n in enough))
+    heap = [(-added_worth(low, rates_P[i]), i) for i in mixed if low < high]
+    heapq.heapify(heap)
+    while left > spare and heap:
+        _, i = heapq.heappop(heap)
+        counts[i], left = counts[i] + 1, left - 1
+        if counts[i] < high:
+            heapq.heappush(heap, (-added_worth(counts[i], rates_P[i]), i))
+    rest = [i for i, rate in enumerate(rates_P) if rate == 0] or range(len(rates_P))
+    for place in range(max(0, left)):
+        counts[rest[place % len(rest)]] += 1
+    return counts
+
+
+def added_worth(n, p):
+    """What completion n + 1 adds to the worth of a prompt with success rate p."""
+    return (p**n * (1 - p) + (1 - p) ** n * p) * p * (1 - p) ** 2
+
+
+SAMPLERS = {"uniform": Uniform, "horizon": Horizon, "sec": SEC, "dump": DUMP, "domain_aware": DomainAware, "adcl": ADCL,
+            "knapsack": Knapsack, "dynamic": Dynamic, "yoked": Yoked}
+
+
+def make_sampler(problems, config):
+    """The sampler of --sampler over `problems`, whose arms are named by --arm. InputError where there is but one."""
+    arms = [{"level": f"{p.level}", "domain": p.domain, "level,domain": f"{p.level},{p.domain}",
+             "steps": f"{min(9, len(cut_solution(p.solution)))}"}[config.arm] for p in problems]
+    kind = config.sampler.partition(":")[0]
+    if kind in ("horizon", "sec", "dump", "domain_aware", "yoked") and len(set(arms)) < 2:
+        raise InputError(f"--arm {config.arm}: all problems of --dataset_name {config.dataset_name} are alike in it, "
+                         f"so --sampler {config.sampler} has nothing to choose")
+    return SAMPLERS[kind](arms, config)
+
+
+# --- scaffolds ---
+
+
+def cut_solution(solution):
+    """A worked solution as its steps (lines, or parts ended by a semicolon), without the marked answer: list of str.
+
+    >>> cut_solution("37+5=42;42-8=34#34")
+    ['37+5=42;', '42-8=34']
+    """
+    worked = re.split(r"#|\\boxed|<answer>", solution or "")[0]
+    return [step for step in re.findall(r"[^\n;]+[\n;]*", worked) if step.strip()]
+
+
+def gives_away(text, answer):
+    """Does the text contain the answer as a number or word of its own?"""
+    return bool(re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text))
+
+
+def hint_levels(problem):
+    """The help there is for a problem, from the least to the most, none of which gives the answer away: list of str.
+
+    Tiers go from abstract to concrete, a later one replaces an earlier one; within a tier chunks add up. They are the
+    problem's own hints, or where it has none its solution cut into steps. Source: Scaf-GRPO 2510.19807 section 3.2.
+    """
+    tiers = [(tier,) if isinstance(tier, str) else tier for tier in problem.hints] or [cut_solution(problem.solution)]
+    levels = ["".join(chunk if chunk[-1] in "\n;" else f"{chunk} " for chunk in tier[:n]).strip()
+              for tier in tiers for n in range(1, len(tier) + 1)]
+    return [level for level in levels if not gives_away(level, problem.answer)]
+
+
+def help_of(problem, config):
+    """What --scaffold shows for a problem, least first: hints that do not tell the answer, or the whole solution."""
+    if config.scaffold == "egsr":  # Source: 2505.08364 section 3.2, expert-guided self-reformulation
+        return [problem.solution] if problem.solution else []
+    return hint_levels(problem)
+
+
+def helped_prompt(problem, hint, config):
+    """The problem's prompt with a hint in it, by --hint_template."""
+    return fill_template(config.hint_template.replace("{hint}", hint), problem.prompt)
+
+
+def add_hints(groups, actor, problems, pace, config):
+    """For groups without a right completion, finds the least help with which the policy succeeds: counts to log.
+
+    One failed row gives its place to the success, in place. `hinted` trains it under the prompt that held the help
+    (Scaf-GRPO, whose ratio is conditioned so on both sides), `plain` under the bare prompt (egsr's point). The control
+    `negatives` gives it no weight, so only the failures beside it, now below average, are left.
+    """
+    stuck = [(group, help_of(problems[group.problem], config)) for group in groups if group.success() == 0]
+    asked, found_at = len(stuck), []
+    for level in range(max((len(helps) for _, helps in stuck), default=0)):
+        stuck = [(group, helps) for group, helps in stuck if len(helps) > level]
+        helped = [replace(problems[group.problem], prompt=helped_prompt(problems[group.problem], helps[level], config))
+                  for group, helps in stuck]
+        tries = actor.sample(helped, [config.scaffold_samples] * len(helped), pace)
+        still = []
+        for (group, helps), rows in zip(stuck, tries):
+            row = next((row for row in rows if row.right), None)
+            if row is None:
+                still.append((group, helps))
+                continue
+            if config.hint_logps == "plain":
+                row.prompt = group.rows[0].prompt
+                row.values["sampled"] = torch.full_like(row.values["sampled"], math.nan)  # of another prompt
+            row.muted = config.scaffold == "negatives"
+            group.rows[-1] = row
+            found_at.append(level + 1)
+        stuck = still
+    return {"scaffold/asked": asked, "scaffold/solved": len(found_at),
+            "scaffold/level": sum(found_at) / max(1, len(found_at))}
+
+
+def subgoal_of(problem, place, config):
+    """One of the problem's subgoals as a problem of its own: `alone`, or `given` the solution's steps before it.
+
+    Source: DeepSeek-Prover-V2 2504.21801 section 2.2, a lemma from the theorem's hypotheses alone, or with the lemmas
+    before it as premises. Here the premises stand before the whole problem, which is then shorter to finish.
+    """
+    prompt, answer = problem.subgoals[place]
+    if config.subgoal_form == "given" and place:
+        given = "".join(cut_solution(problem.solution)[:place])
+        prompt = helped_prompt(replace(problem, prompt=prompt), given, config)
+    return replace(problem, prompt=prompt, answer=answer)
+
+
+def add_subgoals(groups, actor, problems, pace, config):
+    """Groups without a right completion give their place to a group on one of their subgoals: counts to log."""
+    stuck = [g for g in groups if g.success() == 0 and problems[g.problem].subgoals]
+    rng, parts, solved = np.random.default_rng([config.seed, pace.step, 2]), [], 0
+    for group in stuck:
+        problem = problems[group.problem]
+        parts.append(subgoal_of(problem, int(rng.integers(len(problem.subgoals))), config))
+    for group, rows in zip(stuck, actor.sample(parts, [len(group.rows) for group in stuck], pace)):
+        group.rows = rows
+        solved += group.success() > 0
+    return {"scaffold/asked": len(stuck), "scaffold/solved": solved}
+
+
+def demonstrate(groups, problems, tokenizer, config):
+    """HPT: a group with too few right completions is replaced by its problem's solution, to be imitated: their share.
+
+    In the unified view of the paper imitation is a policy gradient with advantage 1 and the policy itself as the old
+    one, and so it is done here. Both kinds are divided by the number of prompts. Source: HPT 2509.04419 eq. 6-8.
+    """
+    swapped = 0
+    for group in groups:
+        if group.success() <= config.hpt_gate:
+            problem = problems[group.problem]
+            _, answer = turn(tokenizer, problem.prompt, problem.solution)
+            tokens_T = torch.tensor(answer)
+            row = Row(group.rows[0].prompt, tokens_T, {"sampled": torch.full((len(answer),), math.nan)}, True)
+            row.advantage, row.weight, row.demo = 1.0, config.sft_coef / (len(groups) * len(answer)), True
+            group.rows, swapped = [row], swapped + 1
+    return {"hpt/share": swapped / len(groups)}
+
+
 # --- rollout ---
 
 
-def accuracy_reward(problem, completion, n_tokens, config):
+@dataclass(eq=False)
+class Row:
+    """One completion: what was sampled, what it is worth, and the prompt under which it is trained."""
+
+    prompt: list  # token ids
+    tokens_T: torch.Tensor  # what was sampled, stop token included
+    values: dict  # [T] each: the log-probs `sampled`, `old`, `reference`, `teacher`; `entropy_weight`
+    finished: bool  # by a stop token rather than by the limit
+    text: str = ""
+    right: bool = False  # the checker's verdict
+    scores: tuple = ()  # of each reward function
+    reward: float = 0.0
+    advantage: float = 0.0
+    weight: float = 0.0  # of each of its tokens in the step's loss; 0: not trained
+    kd_coef: float = 0.0
+    muted: bool = False  # takes its place in the group, but is not trained
+    demo: bool = False  # not sampled: a solution to imitate
+
+
+@dataclass(eq=False)
+class Group:
+    """The completions of one problem at one step."""
+
+    problem: int  # its index in the training set
+    rows: list
+
+    def success(self):
+        """The share of completions that the checker calls right."""
+        return sum(row.right for row in self.rows) / len(self.rows)
+
+    def mean_gain(self, config):
+        """Mean |advantage| of the verdicts: what the curricula take for what a group can teach."""
+        verdicts_1G = torch.tensor([[float(row.right) for row in self.rows]])
+        scale = "none" if config.scale_rewards == "none" else "group"
+        return float(group_advantages(verdicts_1G, scale).abs().mean())
+
+
+def accuracy_reward(problem, row, pace, config):
     """1 if the answer is right by eval.py's checker, else 0."""
-    return float(verify(completion, problem.answer))
+    return float(row.right)
 
 
-def format_reward(problem, completion, n_tokens, config):
+def format_reward(problem, row, pace, config):
     """1 if the completion marks an answer (boxed, after # or ####, in answer tags), right or wrong, else 0."""
-    marked = any(mark in completion for mark in ("\\boxed{", "#", "<answer>"))
-    return float(marked and extract_answer(completion) is not None)
+    marked = any(mark in row.text for mark in ("\\boxed{", "#", "<answer>"))
+    return float(marked and extract_answer(row.text) is not None)
 
 
-def length_reward(problem, completion, n_tokens, config):
+def length_reward(problem, row, pace, config):
     """From 1 for an empty completion down to 0 at the limit."""
-    return 1 - n_tokens / config.max_completion_length
+    return 1 - len(row.tokens_T) / pace.limit
 
 
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward}
+def budget_reward(problem, row, pace, config):
+    """How near the length is to the budget of the step, 0 to 1; with --budget_gate for right completions only."""
+    return triangle(len(row.tokens_T), pace.budget) if row.right or not config.budget_gate else 0.0
 
 
-def score(problems_P, texts_R, rollouts, config):
-    """Every reward function on every row: float [R, functions], and the total with weights and penalty: [R].
+def format_length_reward(problem, row, pace, config):
+    """A surrogate that needs no answer: format, and a length near half the limit. Source: 2505.19439 eq. 3-4."""
+    surrogate, marked = length_surrogate(len(row.tokens_T) / pace.limit), format_reward(problem, row, pace, config)
+    return 0.5 + surrogate if marked else min(0.0, surrogate)
+
+
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward, "budget": budget_reward,
+           "format_length": format_length_reward}
+
+
+def judge(problem, row, pace, config):
+    """Fills in the row's verdict, the score of every reward function, and their weighted sum with DAPO's penalty.
 
     Raises RunError naming the function that returned something other than a finite number.
     """
-    scores_RF = []
-    for row, text in enumerate(texts_R):
-        problem, n_tokens = problems_P[row // config.num_generations], int(rollouts.lengths_R[row])
-        values = [REWARDS[name](problem, text, n_tokens, config) for name in config.reward_funcs]
-        for name, value in zip(config.reward_funcs, values):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RunError(f"reward function {name} returned {value} for the completion {text[:200]!r}")
-        scores_RF.append(values)
-    scores_RF = torch.tensor(scores_RF, dtype=torch.float32)
-    penalties_R = torch.tensor([soft_overlong(length, config.max_completion_length, config.soft_overlong_tokens)
-                                for length in rollouts.lengths_R.tolist()])
-    weights_F = torch.tensor(config.reward_weights or [1.0] * len(config.reward_funcs))
-    return scores_RF, scores_RF @ weights_F + penalties_R
+    row.right = verify(row.text, problem.answer)
+    row.scores = tuple(REWARDS[name](problem, row, pace, config) for name in config.reward_funcs)
+    for name, value in zip(config.reward_funcs, row.scores):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise RunError(f"reward function {name} returned {value} for the completion {row.text[:200]!r}")
+    weights = config.reward_weights or [1.0] * len(row.scores)
+    row.reward = sum(weight * value for weight, value in zip(weights, row.scores))
+    row.reward += soft_overlong(len(row.tokens_T), pace.limit, config.soft_overlong_tokens)
 
 
-def roll_out(decoder, tokenizer, prompts_P, number, config, world):
-    """Samples --num_generations completions of every prompt, shared out over the processes: Rollouts of all rows.
+def sample_prompts(decoder, tokenizer, prompts_P, counts_P, limit, seeds, config, world):
+    """Samples counts_P completions of each prompt, the prompts shared out over the processes: Rollouts of all rows.
 
-    Every process returns the rows of all. Random numbers belong to (seed, number of the rollout, prompt, sample), so
-    the same completions come out however many processes there are.
+    Every process returns the rows of all. Random numbers belong to (seeds, prompt, sample), so the same completions
+    come out however many processes there are.
     """
-    mine, G = range(world.rank, len(prompts_P), world.size), config.num_generations
-    found = generate(decoder, tokenizer, [prompts_P[i] for i in mine], G, config.max_completion_length,
-                     config.temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine)
+    mine = range(world.rank, len(prompts_P), world.size)
+    found = generate(decoder, tokenizer, [prompts_P[i] for i in mine], [counts_P[i] for i in mine], limit,
+                     config.temperature, seed=seeds, batch_size=config.generation_batch_size, keys=mine)
     if world.size == 1:
         return found
     parts = [None] * world.size
     dist.all_gather_object(parts, found)
-    order_R = torch.tensor([i * G + j for rank in range(world.size)
-                            for i in range(rank, len(prompts_P), world.size) for j in range(G)]).argsort()
+    first_P = np.cumsum([0, *counts_P])
+    order_R = torch.tensor([first_P[i] + j for rank in range(world.size)
+                            for i in range(rank, len(prompts_P), world.size) for j in range(counts_P[i])]).argsort()
     return Rollouts(*(torch.cat([getattr(part, name) for part in parts])[order_R]
                       for name in ("tokens_RT", "logps_RT", "lengths_R", "finished_R")))
 
 
-def describe(scores_RF, rewards_R, rollouts, texts_R, config):
-    """The numbers logged about one step's rollouts; TRL's names. README.md gives each one's formula."""
-    rewards_PG = rewards_R.view(-1, config.num_generations)
-    lengths_R = rollouts.lengths_R.float()
-    numbers = {"reward": rewards_R.mean(), "reward_std": rewards_PG.std(1).mean(),
-               "frac_reward_zero_std": silent_groups(rewards_PG).float().mean(),
+class Actor:
+    """The policy as it samples: problems in, judged rows out, and a count of what that cost."""
+
+    def __init__(self, decoder, tokenizer, config, world):
+        self.decoder, self.tokenizer, self.config, self.world = decoder, tokenizer, config, world
+        self.calls = self.rollouts = self.tokens = 0
+
+    def begin(self, number):
+        """The next calls belong to rollout `number` of the run."""
+        self.number, self.calls = number, 0
+
+    def sample(self, problems_P, counts_P, pace):
+        """counts_P completions of each problem, judged: a list of Rows a problem. All processes return the same."""
+        if not problems_P:
+            return []
+        prompts_P = [encode_prompt(self.tokenizer, problem.prompt) for problem in problems_P]
+        seeds = [self.config.seed, self.number, *([self.calls] if self.calls else [])]
+        found = sample_prompts(self.decoder, self.tokenizer, prompts_P, counts_P, pace.limit, seeds, self.config, self.world)
+        texts_R, lengths_R = found.texts(self.tokenizer), found.lengths_R.tolist()
+        self.calls, self.rollouts = self.calls + 1, self.rollouts + len(texts_R)
+        self.tokens += sum(lengths_R)
+        groups, r = [], 0
+        for problem, prompt, count in zip(problems_P, prompts_P, counts_P):
+            groups.append([])
+            for r in range(r, r + count):
+                tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
+                groups[-1].append(Row(prompt, tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
+                judge(problem, groups[-1][-1], pace, self.config)
+            r += 1
+        return groups
+
+
+def collect(sampler, actor, problems, pace, n_rows, config):
+    """One step's groups, about n_rows completions: (the groups that train, all groups as sampled, numbers to log).
+
+    The sampler learns from what was sampled before any scaffold or filter touches it.
+    """
+    kept, sampled, numbers, missing = [], [], {}, n_rows
+    for _ in range(sampler.rounds):
+        picks = sampler.pick(pace, missing)
+        rows = actor.sample([problems[i] for i, _ in picks], [count for _, count in picks], pace)
+        groups = [Group(i, found) for (i, _), found in zip(picks, rows)]
+        sampled += [Group(group.problem, list(group.rows)) for group in groups]
+        sampler.update(groups)
+        if pace.helps and config.scaffold != "none":
+            edit = add_subgoals if config.scaffold == "subgoals" else add_hints
+            for name, value in edit(groups, actor, problems, pace, config).items():
+                numbers[name] = numbers.get(name, 0) + value
+        groups = [group for group in groups if sampler.keep(group)]
+        kept, missing = kept + groups, missing - sum(len(group.rows) for group in groups)
+        if missing < pace.generations:
+            break
+    return kept, sampled, {**numbers, **arm_numbers(sampler, sampled)}
+
+
+def arm_numbers(sampler, sampled):
+    """What was sampled of each arm and how it went, where there are 2 to 24 arms."""
+    if not 2 <= len(sampler.names) <= 24:
+        return {}
+    numbers, accuracy = {}, sampler.by_arm(sampled, Group.success)
+    for arm, name in enumerate(sampler.names):
+        mine = [len(group.rows) for group in sampled if sampler.arm_of[group.problem] == arm]
+        numbers[f"sampler/rollouts/{name}"] = sum(mine)
+        if arm in accuracy:
+            numbers[f"sampler/accuracy/{name}"] = accuracy[arm]
+    return numbers
+
+
+def credit(groups, pace, n_rows, config):
+    """Gives every row its advantage and the weight of its tokens in the loss, in place.
+
+    Where `accuracy` is a reward, a group without a right completion has advantage 0 whatever its other scores
+    (--shape_silent_groups lets them act): divided by their tiny std they would drive the step. A step of fewer than
+    n_rows rows has the weights it would have in a full one, so that no filter changes the size of the step.
+    """
+    rows = [row for group in groups for row in group.rows]
+    gated = "accuracy" in config.reward_funcs and not config.shape_silent_groups
+    batch_std = torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4 if config.scale_rewards == "batch" else 1
+    for group in groups:
+        rewards_1G = torch.tensor([[float(row.reward) for row in group.rows]])
+        scale = "none" if config.scale_rewards == "batch" else config.scale_rewards
+        G = len(group.rows)
+        # the mean of the others instead of that of all (RLOO 2402.14740 section 2.3) is the same times G / (G - 1)
+        factor = (G / (G - 1) if config.baseline == "leave_one_out" else 1.0) / batch_std
+        for row, advantage in zip(group.rows, group_advantages(rewards_1G, scale)[0].tolist()):
+            row.advantage = 0.0 if gated and group.success() == 0 else advantage * factor
+    cut = config.mask_truncated_completions
+    lengths_R = torch.tensor([0 if cut and not row.finished else len(row.tokens_T) for row in rows])
+    weights_R = row_weights(config.loss_type, lengths_R, pace.limit) * min(1.0, len(rows) / n_rows)
+    for row, weight, length in zip(rows, weights_R.tolist(), lengths_R.tolist()):
+        row.weight = weight if length and not row.muted else 0.0
+    if config.sampler == "knapsack" and not config.knapsack_reweight:
+        for group in groups:
+            for row in group.rows:
+                row.weight *= pace.generations / len(group.rows)
+
+
+@torch.no_grad()
+def add_logps(model, rows, name, config, world):
+    """Sets values[name] of every row to the log-probs that `model` gives its tokens; the same on all processes."""
+    examples = [row_example(row) for row in rows]
+    lengths = [len(row.tokens_T) for row in rows]
+    first, flat_N = np.cumsum([0, *lengths]), torch.zeros(sum(lengths), device=world.device)
+    for part in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
+                              config.micro_batch_tokens, world):
+        batch = collate(examples, part, world.device)
+        logps_BS, _ = model(batch, config.temperature)
+        places = torch.cat([torch.arange(first[i], first[i + 1]) for i in part] or [torch.arange(0)])
+        flat_N[places.to(world.device)] = logps_BS.flatten()[batch.where_N]
+    if dist.is_initialized():
+        dist.all_reduce(flat_N)
+    for row, values_T in zip(rows, flat_N.cpu().split(lengths)):
+        row.values[name] = values_T
+
+
+def row_example(row):
+    """The row as a sequence to train on: its prompt, then its completion, which is what is trained."""
+    return Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
+
+
+def consult(groups, reference, teacher, pace, config, world):
+    """Adds to the rows what does not depend on the weights being trained: the reference, the teacher, TEA's weights."""
+    rows = [row for group in groups for row in group.rows]
+    if reference is not None:
+        add_logps(reference, rows, "reference", config, world)
+    if teacher is not None:
+        add_logps(teacher, rows, "teacher", config, world)
+    for group in groups:
+        stuck = group.success() == 0
+        for row in group.rows:
+            acts = {"all": True, "wrong": not row.right, "stuck": stuck}[config.kd_rows]
+            row.kd_coef = pace.kd_coef * acts * (not row.demo)
+        if config.kl_in_reward:  # T1 2501.11651: centred over the group, so a KL that all share moves nothing
+            kl = [float((row.values["sampled"] - row.values["reference"]).nan_to_num().sum()) for row in group.rows]
+            for row, value in zip(group.rows, kl):
+                row.advantage -= config.beta * (value - sum(kl) / len(kl))
+    if config.entropy_weighting == "tea":
+        width = max(len(row.tokens_T) for row in rows)
+        logps_RT = torch.stack([nn.functional.pad(row.values["sampled"].nan_to_num(), (0, width - len(row.tokens_T)))
+                                for row in rows])
+        mask_RT = torch.arange(width) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]
+        weights_RT = tea_weights(torch.tensor([row.advantage for row in rows]), logps_RT, mask_RT)
+        for row, weights_T in zip(rows, weights_RT):
+            row.values["entropy_weight"] = weights_T[: len(row.tokens_T)].clone()
+
+
+def pack(rows):
+    """Rows as tensors that a checkpoint can hold: all that `Update` reads of them. `unpack` is the inverse."""
+    numbers = [[row.advantage, row.weight, row.kd_coef, float(row.demo)] for row in rows]
+    return {"numbers_RC": torch.tensor(numbers, dtype=torch.float64),
+            "prompts_N": torch.tensor([token for row in rows for token in row.prompt]),
+            "prompt_lengths_R": torch.tensor([len(row.prompt) for row in rows]),
+            "tokens_N": torch.cat([row.tokens_T for row in rows]),
+            "lengths_R": torch.tensor([len(row.tokens_T) for row in rows]),
+            **{f"values.{name}": torch.cat([row.values[name] for row in rows]) for name in rows[0].values}}
+
+
+def unpack(tensors):
+    """The rows of `pack`."""
+    lengths = tensors["lengths_R"].tolist()
+    prompts = tensors["prompts_N"].split(tensors["prompt_lengths_R"].tolist())
+    values = {name[7:]: tensor.split(lengths) for name, tensor in tensors.items() if name.startswith("values.")}
+    rows = []
+    for i, (prompt, tokens_T) in enumerate(zip(prompts, tensors["tokens_N"].split(lengths))):
+        row = Row(prompt.tolist(), tokens_T, {name: values[name][i] for name in values}, True)
+        row.advantage, row.weight, row.kd_coef, row.demo = tensors["numbers_RC"][i].tolist()
+        rows.append(row)
+    return rows
+
+
+def describe(groups, config):
+    """The numbers logged about what one step sampled; TRL's names. README.md gives each one's formula."""
+    rows = [row for group in groups for row in group.rows]
+    rewards = [[row.reward for row in group.rows] for group in groups]
+    lengths_R = torch.tensor([float(len(row.tokens_T)) for row in rows])
+    numbers = {"reward": np.mean([row.reward for row in rows]),
+               "sampled_accuracy": np.mean([row.right for row in rows]),
+               "reward_std": np.mean([torch.tensor(values).std() for values in rewards]),
+               "frac_reward_zero_std": np.mean([max(values) - min(values) < 1e-6 for values in rewards]),
+               "frac_all_wrong": np.mean([group.success() == 0 for group in groups]),
+               "frac_all_right": np.mean([group.success() == 1 for group in groups]),
                "completions/mean_length": lengths_R.mean(), "completions/min_length": lengths_R.min(),
                "completions/max_length": lengths_R.max(),
-               "completions/clipped_ratio": 1 - rollouts.finished_R.float().mean()}
+               "completions/clipped_ratio": np.mean([not row.finished for row in rows]),
+               "completions/parse_fail": np.mean([extract_answer(row.text) is None for row in rows])}
     for i, name in enumerate(config.reward_funcs):
-        numbers[f"rewards/{name}/mean"], numbers[f"rewards/{name}/std"] = scores_RF[:, i].mean(), scores_RF[:, i].std()
-    if "accuracy" in config.reward_funcs:
-        right_PG = scores_RF[:, config.reward_funcs.index("accuracy")].view(rewards_PG.shape)
-        numbers |= {"frac_all_wrong": (right_PG == 0).all(1).float().mean(),
-                    "frac_all_right": (right_PG == 1).all(1).float().mean()}
-    unparsed = sum(extract_answer(text) is None for text in texts_R) / len(texts_R)
-    return {**{name: float(value) for name, value in numbers.items()}, "completions/parse_fail": unparsed}
+        scores_R = torch.tensor([float(row.scores[i]) for row in rows])
+        numbers[f"rewards/{name}/mean"], numbers[f"rewards/{name}/std"] = scores_R.mean(), scores_R.std()
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def warn_of_silence(numbers, step, config, warned):
@@ -940,35 +1731,26 @@ def warn_of_silence(numbers, step, config, warned):
 
 
 class Update:
-    """What one optimizer step trains on, worked out from a window of rollouts: the same on every process.
+    """What one optimizer step trains on: the rows that can move a weight; the same on every process.
 
-    `examples` are the rows that can move a weight, `rows` their places among the step's R rows; a row without
-    advantage is left out, unless a KL or entropy term gives it a gradient, yet every row counts in `weights_R`.
+    A row without advantage is left out, unless a KL or entropy term gives it a gradient; what it weighs in the
+    denominators is in the weights of the others already.
     """
 
-    def __init__(self, window, prompts_P, iteration, config):
-        G, T = config.num_generations, window["tokens_RT"].shape[1]
-        self.window, self.fresh, self.config = window, iteration == 0, config
-        self.advantages_R = group_advantages(window["rewards_R"].view(-1, G), config.scale_rewards).flatten()
-        cut_R = ~window["finished_R"] if config.mask_truncated_completions else torch.zeros_like(window["finished_R"])
-        trained_R = window["lengths_R"].masked_fill(cut_R, 0)
-        self.mask_RT = torch.arange(T) < trained_R[:, None]
-        self.weights_R = row_weights(config.loss_type, trained_R, config.max_completion_length)
-        moves_R = (self.advantages_R != 0) | bool(config.beta or config.entropy_coef)
-        self.rows = (moves_R & (trained_R > 0)).nonzero()[:, 0].tolist()
-        self.examples = []
-        for row in self.rows:
-            prompt, completion = prompts_P[row // G], window["tokens_RT"][row, : trained_R[row]].tolist()
-            self.examples.append(Example(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
-        self.n_tokens = int(trained_R[self.rows].sum())
+    def __init__(self, rows, fresh, config):
+        always = bool(config.entropy_coef or (config.beta and not config.kl_in_reward))
+        self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
+        self.fresh, self.config = fresh, config
+        self.examples = [row_example(row) for row in self.rows]
+        self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
 
-    def spread(self, values_RT, rows, batch):
-        """Per-token values of `rows`, laid out like the batch: [B, S], 0 where nothing is trained."""
-        values_N = values_RT[rows][self.mask_RT[rows]].to(batch.ids_BT.device)
+    def spread(self, name, rows, batch):
+        """One of the rows' values, laid out like the batch: [B, S], 0 where nothing is trained."""
         B, S = batch.mask_BS.shape
+        values_N = torch.cat([row.values[name] for row in rows] or [torch.zeros(0)]).to(batch.ids_BT.device)
         return values_N.new_zeros(B * S).index_copy(0, batch.where_N, values_N).view(B, S)
 
-    def loss_of(self, policy, reference, batch):
+    def loss_of(self, policy, batch):
         """The batch's share of the step's loss, and of the numbers logged."""
         config, rows = self.config, [self.rows[i] for i in batch.rows]
         logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
@@ -977,41 +1759,51 @@ class Update:
             if config.num_iterations > 1:
                 self.keep(old_logps_BS, rows, batch)
         else:
-            old_logps_BS = self.spread(self.window["old_logps_RT"], rows, batch)
-        B = len(batch.mask_BS)
-        advantages_B, weights_B = (torch.zeros(B).index_copy(0, torch.arange(len(rows)), values_R[rows]).to(logps_BS)
-                                   for values_R in (self.advantages_R, self.weights_R))
+            old_logps_BS = self.spread("old", rows, batch)
+        numbers_BC = torch.zeros(len(batch.mask_BS), 4)
+        for i, row in enumerate(rows):
+            numbers_BC[i] = torch.tensor([row.advantage, row.weight, row.kd_coef, float(row.demo)])
+        advantages_B, weights_B, kd_B, demo_B = numbers_BC.to(logps_BS).unbind(1)
+        old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
-        gain_BS = gain_BS + config.entropy_coef * entropy_BS
-        sampled_BS = self.spread(self.window["logps_RT"], rows, batch)
+        bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
+        gain_BS = gain_BS + config.entropy_coef * bonus_BS * entropy_BS
+        sampled_BS = self.spread("sampled", rows, batch)
         numbers = {"entropy": entropy_BS.detach().sum(),
                    "clip_ratio": clip_share(logps_BS.detach(), old_logps_BS, advantages_B, batch.mask_BS, config),
-                   "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().sum()}
-        if reference is not None:
-            with torch.no_grad():
-                reference_logps_BS, _ = reference(batch, config.temperature)
-            kl_BS = kl_k3(logps_BS, reference_logps_BS)
-            gain_BS, numbers["kl"] = gain_BS - config.beta * kl_BS, kl_BS.detach().sum()
+                   "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
+        if config.beta:
+            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS
+            gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
+            numbers["kl"] = kl_BS.detach().sum()
+        if config.kd_coef:
+            teacher_BS = self.spread("teacher", rows, batch)
+            gain_BS = gain_BS - kd_B[:, None] * teacher_penalty(logps_BS, teacher_BS, config.kd_direction)
+            numbers["kd/teacher_gap"] = ((logps_BS.detach() - teacher_BS) * batch.mask_BS).sum()
         loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
         return loss, {name: value / self.n_tokens for name, value in numbers.items()}
 
     def keep(self, old_logps_BS, rows, batch):
-        """Writes the sampling policy's log-probs into the window, for the steps to come."""
-        values_RT = self.window["old_logps_RT"][rows]
-        values_RT[self.mask_RT[rows]] = old_logps_BS.flatten()[batch.where_N].cpu()
-        self.window["old_logps_RT"][rows] = values_RT
+        """Keeps the sampling policy's log-probs in the rows, for the steps to come."""
+        values_N = old_logps_BS.flatten()[batch.where_N].cpu()
+        for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
+            row.values["old"] = values_T
 
 
-def update_policy(policy, reference, optimizer, update, step, config, world):
+def update_policy(policy, optimizer, update, step, config, world):
     """One optimizer step on the rows of `update`: (numbers, taken)."""
     parts = micro_batches([len(example.ids) for example in update.examples], config.per_device_train_batch_size,
                           config.micro_batch_tokens, world)
+    if update.fresh and config.num_iterations > 1:
+        for row in update.rows:  # each process will fill in those of its own rows
+            row.values["old"] = torch.zeros(len(row.tokens_T))
     numbers, taken = train_step(policy, optimizer, [collate(update.examples, part, world.device) for part in parts],
-                                lambda policy, batch: update.loss_of(policy, reference, batch), step, config, world)
-    if update.fresh and config.num_iterations > 1 and dist.is_initialized():  # each process has met its own rows
-        shared_RT = update.window["old_logps_RT"].to(world.device)
-        dist.all_reduce(shared_RT)
-        update.window["old_logps_RT"] = shared_RT.cpu()
+                                update.loss_of, step, config, world)
+    if update.fresh and config.num_iterations > 1 and dist.is_initialized() and update.rows:
+        shared_N = torch.cat([row.values["old"] for row in update.rows]).to(world.device)
+        dist.all_reduce(shared_N)
+        for row, values_T in zip(update.rows, shared_N.cpu().split([len(row.tokens_T) for row in update.rows])):
+            row.values["old"] = values_T
     return numbers, taken
 
 
@@ -1019,20 +1811,37 @@ def update_policy(policy, reference, optimizer, update, step, config, world):
 
 
 def check_config(config):
-    """Raises InputError for flags of this script that cannot be meant; fills in what depends on --loss_type."""
+    """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
     clips = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 1.0)}
-    if config.loss_type not in clips:
-        raise InputError(f"--loss_type {config.loss_type}: must be one of {', '.join(clips)}")
+    choices = {"loss_type": clips, "scale_rewards": ("auto", "group", "batch", "none"),
+               "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
+               "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
+               "hint_logps": ("auto", "hinted", "plain"),
+               "subgoal_form": ("alone", "given"), "entropy_weighting": ("uniform", "tea"),
+               "kd_direction": ("reverse", "forward"), "kd_schedule": ("constant", "anneal", "switch"),
+               "kd_rows": ("all", "wrong", "stuck")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    if config.sampler not in SAMPLERS and not config.sampler.startswith("yoked:") or config.sampler == "yoked":
+        raise InputError(f"--sampler {config.sampler}: must be one of {', '.join(SAMPLERS)}:RUN")
     config.epsilon = config.epsilon or clips[config.loss_type][0]
     config.epsilon_high = config.epsilon_high or clips[config.loss_type][1]
-    if config.scale_rewards not in ("auto", "group", "batch", "none"):
-        raise InputError(f"--scale_rewards {config.scale_rewards}: must be one of auto, group, batch, none")
     if config.scale_rewards == "auto":
         config.scale_rewards = "none" if config.loss_type == "dr_grpo" else "group"
+    if config.hint_logps == "auto":
+        config.hint_logps = "plain" if config.scaffold == "egsr" else "hinted"
+    usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
+    config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
     for name, low in {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1,
-                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0}.items():
-        if getattr(config, name) < low:
+                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "dump_window": 1,
+                      "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1, "budget_drops": 0,
+                      "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}.items():
+        if not getattr(config, name) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in ("sampler_rate", "horizon_gate", "horizon_review", "scaffold_exempt", "ref_model_mixup_alpha"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
     if not config.temperature > 0:
         raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
     for name in config.reward_funcs:
@@ -1041,24 +1850,74 @@ def check_config(config):
     if config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
         raise InputError(f"--reward_weights: {len(config.reward_weights)} weights for {len(config.reward_funcs)} "
                          "functions")
+    check_combinations(config)
 
 
-def load_prompts(problems, tokenizer, config):
-    """The token ids of every problem's prompt; InputError for one over --max_prompt_length."""
-    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-    for i, ids in enumerate(prompts):
-        if len(ids) > config.max_prompt_length:
+def check_combinations(config):
+    """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
+    for stage in config.stages:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) or int(stage.split("x")[0]) > config.max_completion_length:
+            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size: 64x8")
+    if config.length_budget and (len(config.length_budget) != 2 or min(config.length_budget) < 1):
+        raise InputError(f"--length_budget {config.length_budget}: must be two numbers of tokens, first and last")
+    low, high = (config.knapsack_range + [0, 0])[:2]
+    if len(config.knapsack_range) != 2 or not 2 <= low <= config.num_generations <= high:
+        raise InputError(f"--knapsack_range {config.knapsack_range}: must be two numbers from 2, around "
+                         "--num_generations")
+    teacher, dynamic, hpt = config.teacher_model_name_or_path, config.sampler == "dynamic", config.hpt_gate >= 0
+    anchored, budget = config.ref_model_mixup_alpha > 0, config.length_budget
+    faults = {
+        "--kd_coef needs --teacher_model_name_or_path": config.kd_coef and not teacher,
+        "--teacher_model_name_or_path needs --kd_coef": teacher and not config.kd_coef,
+        "--kl_in_reward needs --beta": config.kl_in_reward and not config.beta,
+        "--ref_model_mixup_alpha needs --beta": anchored and not config.beta,
+        "--ref_model_mixup_alpha: not with --fsdp": anchored and config.fsdp,
+        "--entropy_weighting tea needs --entropy_coef": config.entropy_weighting == "tea" and not config.entropy_coef,
+        "--length_budget needs budget among --reward_funcs": budget and "budget" not in config.reward_funcs,
+        "--hint_template must contain {prompt}": "{prompt}" not in config.hint_template,
+        "--hint_template must contain {hint}": "{hint}" not in config.hint_template,
+        "--hpt_gate: not with --scaffold, both act on prompts answered wrong": hpt and config.scaffold != "none",
+        "--hpt_gate: not with --sampler dynamic, which drops those prompts": hpt and dynamic,
+        "--scaffold subgoals: not with --hint_logps plain":
+            config.scaffold == "subgoals" and config.hint_logps == "plain",
+        "--sampler knapsack: not with --stages, both choose the group size":
+            config.sampler == "knapsack" and config.stages}
+    for fault, present in faults.items():
+        if present:
+            raise InputError(fault)
+
+
+def check_problems(problems, tokenizer, config):
+    """InputError for a prompt over --max_prompt_length, or problems that lack what a scaffold or HPT needs."""
+    for i, problem in enumerate(problems):
+        if (length := len(encode_prompt(tokenizer, problem.prompt))) > config.max_prompt_length:
             raise InputError(f"--max_prompt_length {config.max_prompt_length}: the prompt of problem {i + 1} of "
-                             f"--dataset_name {config.dataset_name} has {len(ids)} tokens")
-    return prompts
+                             f"--dataset_name {config.dataset_name} has {length} tokens")
+    if config.scaffold == "subgoals" and not any(problem.subgoals for problem in problems):
+        raise InputError(f"--scaffold subgoals: --dataset_name {config.dataset_name} has no subgoals (a column "
+                         "`subgoals` of [prompt, answer] pairs)")
+    if config.scaffold not in ("none", "subgoals") and not any(help_of(problem, config) for problem in problems):
+        raise InputError(f"--scaffold {config.scaffold}: --dataset_name {config.dataset_name} has neither hints (a "
+                         "column `hints`) nor worked solutions")
+    if config.hpt_gate >= 0 and not all(problem.solution for problem in problems):
+        raise InputError(f"--hpt_gate: a problem of --dataset_name {config.dataset_name} has no worked solution")
 
 
-def make_reference(config, world):
-    """The model given, frozen, for --beta: loaded from --model_name_or_path even where a run continues; else None."""
-    if not config.beta:
+def make_frozen(name_or_path, needed, config, world):
+    """A model that judges or pulls but is not trained, or None; loaded by name even where a run continues."""
+    if not needed:
         return None
-    model, _ = load_model(config.model_name_or_path, chat_template=config.chat_template)
+    model, _ = load_model(name_or_path, chat_template=config.chat_template)
     return shard(Policy(model.eval().requires_grad_(False).to(world.device)), config)
+
+
+def check_teacher(tokenizer, config):
+    """InputError where the teacher's tokens are not the policy's."""
+    if config.teacher_model_name_or_path:
+        _, theirs = load_model(config.teacher_model_name_or_path, chat_template=config.chat_template)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"--teacher_model_name_or_path {config.teacher_model_name_or_path}: its tokenizer is "
+                             "another one, and a token's log-prob means nothing under it")
 
 
 def check_reference(reference, state, config):
@@ -1074,70 +1933,118 @@ def check_reference(reference, state, config):
                          "--beta is measured from them")
 
 
+@torch.no_grad()
+def move_anchor(reference, policy, step, config):
+    """Mixes --ref_model_mixup_alpha of the policy into the reference: T1's dynamic anchor, TRL's sync_ref_model."""
+    if config.ref_model_mixup_alpha and (step + 1) % config.ref_model_sync_steps == 0:
+        for anchor, weight in zip(reference.parameters(), unwrap(policy).parameters()):
+            anchor.lerp_(weight, config.ref_model_mixup_alpha)
+
+
+def kept_tensors(rows, reference, midway, config):
+    """What a checkpoint holds beside weights and optimizer: rows still to be trained on, an anchor that has moved."""
+    anchor = {f"anchor.{name}": weight for name, weight in reference.named_parameters()} \
+        if config.ref_model_mixup_alpha else {}
+    return {**anchor, **(pack(rows) if midway and rows else {})}
+
+
+def restore(tensors, reference):
+    """The inverse of `kept_tensors`: puts the anchor back, in place, and returns the rows."""
+    with torch.no_grad():
+        for name, weight in (reference.named_parameters() if reference is not None else ()):
+            if f"anchor.{name}" in tensors:
+                weight.copy_(tensors[f"anchor.{name}"])
+    return unpack(tensors) if "tokens_N" in tensors else []
+
+
 def main(config):
     check_frame(config)
     check_config(config)
     world = start_world(config)
     args = run_args(config, world)
-    n_prompts, rest = divmod(args["rows_per_step"], config.num_generations)
-    if rest:
-        raise InputError(f"--num_generations {config.num_generations}: must divide the {args['rows_per_step']} rows "
-                         "of a step (per_device_train_batch_size x gradient_accumulation_steps x processes)")
+    n_rows = args["rows_per_step"]
+    for stage in [f"--num_generations {config.num_generations}", *(f"--stages {stage}" for stage in config.stages)]:
+        if n_rows % int(re.findall(r"\d+", stage)[-1]):
+            raise InputError(f"{stage}: the group size must divide the {n_rows} rows of a step "
+                             "(per_device_train_batch_size x gradient_accumulation_steps x processes)")
     resume, finished = on_rank_0(lambda: open_run(config, args), world)
     if finished:
         return
     problems, eval_problems = load_train_problems(config), load_eval_problems(config)
     model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
                                   chat_template=config.chat_template)
-    prompts = load_prompts(problems, tokenizer, config)
+    check_problems(problems, tokenizer, config)
+    check_teacher(tokenizer, config)
+    sampler = make_sampler(problems, config)
     fill_learning_rate(config, model, small=5e-5, large=1e-6)
-    run = begin_run(config, world, resume, args, [prompts, [problem.answer for problem in problems]])
+    run = begin_run(config, world, resume, args, problems)
 
-    reference, decoder = make_reference(config, world), make_decoder(model, config)
+    reference = make_frozen(config.model_name_or_path, config.beta, config, world)
+    teacher = make_frozen(config.teacher_model_name_or_path, config.kd_coef, config, world)
+    decoder = make_decoder(model, config)
     policy = distribute(model, config, world)
     optimizer = make_optimizer(policy, config)
-    state, window = {"step": 0, "bad_steps": 0, "about": {}}, {}
+    state, rows = {"step": 0, "bad_steps": 0, "about": {}, "sampler": sampler.state, "rollouts": 0, "num_tokens": 0}, []
     if resume:
-        state, window = load_checkpoint(resume, policy, optimizer, config)
+        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        sampler.state = state["sampler"]
     check_reference(reference, state, config)
-    log, stop, warned = Log(run, config, world), StopSignal(), frozenset()
+    if resume:
+        rows = restore(tensors, reference)
+    actor, log = Actor(decoder, tokenizer, config, world), Log(run, config, world)
+    stop, warned = StopSignal(), frozenset()
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
         number, iteration = divmod(step, config.num_iterations)
-        picked = rows_of_step(len(problems), n_prompts, number, config.seed)
-        prompts_P, problems_P = [prompts[i] for i in picked], [problems[i] for i in picked]
+        tokens_before = actor.tokens
         if iteration == 0:
             refresh(decoder, policy)
-            rollouts = roll_out(decoder, tokenizer, prompts_P, number, config, world)
-            texts_R = rollouts.texts(tokenizer)
-            scores_RF, rewards_R = score(problems_P, texts_R, rollouts, config)
-            state["about"] = describe(scores_RF, rewards_R, rollouts, texts_R, config)
-            window = {**vars(rollouts), "rewards_R": rewards_R, "old_logps_RT": torch.zeros_like(rollouts.logps_RT)}
+            actor.begin(number)
+            pace, before = pace_of(step, config), actor.rollouts
+            groups, sampled, numbers = collect(sampler, actor, problems, pace, n_rows, config)
+            credit(groups, pace, n_rows, config)
+            if config.hpt_gate >= 0:
+                numbers |= demonstrate(groups, problems, tokenizer, config)
+            consult(groups, reference, teacher, pace, config, world)
+            rows = [row for group in groups for row in group.rows]
+            state["rollouts"] += actor.rollouts - before
+            state["num_tokens"] += actor.tokens - tokens_before
+            state["about"] = {**describe(sampled, config), **numbers, "rollouts": state["rollouts"],
+                              "num_tokens": state["num_tokens"]}
             warned = warn_of_silence(state["about"], step + 1, config, warned)
-            if world.rank == 0:
-                for row in range(2):
-                    append_line(run / "samples.jsonl", {
-                        "step": step + 1, "prompt": problems_P[0].prompt, "completion": texts_R[row],
-                        "answer": problems_P[0].answer, "reward": float(rewards_R[row])})
+            write_samples(run, step, sampled[0], problems, world)
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
-        update = Update(window, prompts_P, iteration, config)
-        numbers, taken = update_policy(policy, reference, optimizer, update, step, config, world)
-        note_step(run, state, taken, picked, config, world)
+        update = Update(rows, iteration == 0, config)
+        rows = update.rows
+        numbers, taken = update_policy(policy, optimizer, update, step, config, world)
+        if taken:
+            move_anchor(reference, policy, step, config)
+        note_step(run, state, taken, [group.problem for group in groups] if iteration == 0 else [], config, world)
         numbers = {**state["about"], **numbers, "learning_rate": scheduled_rate(step, config)}
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
         log.step(state["step"], numbers, ("reward", "eval/accuracy", "entropy", "clip_ratio", "frac_reward_zero_std",
                                           "completions/mean_length", "grad_norm"),
-                 int(window["lengths_R"].sum()), seconds)
+                 actor.tokens - tokens_before or update.n_tokens, seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             midway = state["step"] % config.num_iterations  # the rollouts are still needed
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, window if midway else None)
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
+                            kept_tensors(rows, reference, midway, config))
         if stopping and not last:
             sys.exit(128 + stopping)
     end_run(run, policy, tokenizer, world)
+
+
+def write_samples(run, step, group, problems, world):
+    """The first two completions of a step go to samples.jsonl."""
+    if world.rank == 0:
+        problem = problems[group.problem]
+        for row in group.rows[:2]:
+            append_line(run / "samples.jsonl", {"step": step + 1, "prompt": problem.prompt, "completion": row.text,
+                                                "answer": problem.answer, "reward": row.reward})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import eval as ground
 import grpo
 import sft
-from eval import InputError, Problem, Rollouts, encode_prompt, load_model
+from eval import InputError, Problem, encode_prompt, load_model
 from grpo import Config, Update, World, group_advantages, kl_k3, row_weights, soft_overlong
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
@@ -155,41 +155,58 @@ def tiny():
     return model, tokenizer
 
 
-def window_of(model, tokenizer, c, prompts, rewards):
-    rollouts = grpo.roll_out(model, tokenizer, prompts, 0, c, ALONE)
-    return {**vars(rollouts), "rewards_R": torch.tensor(rewards), "old_logps_RT": torch.zeros_like(rollouts.logps_RT)}
+PROBLEMS = [Problem("1+1=", "2"), Problem("22+33-4=", "51"), Problem("5*2+18-3=", "25")]
+
+
+def groups_of(model, tokenizer, c, rewards, problems=PROBLEMS):
+    """Sampled groups with these rewards put in the place of the judge's."""
+    actor = grpo.Actor(model, tokenizer, c, ALONE)
+    actor.begin(0)
+    pace = grpo.pace_of(0, c)
+    found = actor.sample(problems, [4] * len(problems), pace)
+    for row, reward in zip((row for rows in found for row in rows), rewards):
+        row.reward, row.right = reward, reward > 0
+    groups = [grpo.Group(i, rows) for i, rows in enumerate(found)]
+    grpo.credit(groups, pace, 4 * len(problems), c)
+    return groups
+
+
+def rows_in(groups):
+    return [row for group in groups for row in group.rows]
 
 
 STEPS = 16
 REWARDS = [1.0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # the second group is silent
 
 
-def step_gradient(model, reference, window, prompts, c):
+def step_gradient(model, rows, c):
     model.zero_grad()
-    update = Update(window, prompts, 0, c)
+    update = Update(rows, True, c)
     policy, numbers = grpo.Policy(model), {}
     for part in grpo.micro_batches([len(e.ids) for e in update.examples], c.per_device_train_batch_size,
                                    c.micro_batch_tokens, ALONE):
-        loss, found = update.loss_of(policy, reference, grpo.collate(update.examples, part, torch.device("cpu")))
+        loss, found = update.loss_of(policy, grpo.collate(update.examples, part, torch.device("cpu")))
         loss.backward()
         for name, value in found.items():
             numbers[name] = numbers.get(name, 0) + float(value)
     return {name: p.grad.clone() for name, p in model.named_parameters()}, numbers, update
 
 
-@pytest.mark.parametrize("loss_type, extra", [(name, {}) for name in LOSSES] + [("dapo", {"beta": 0.1, "entropy_coef": 0.05})])
+@pytest.mark.parametrize("loss_type, extra", [(name, {}) for name in LOSSES] + [
+    ("dapo", {"beta": 0.1, "entropy_coef": 0.05}), ("grpo", {"beta": 0.1, "kl_in_reward": True}),
+    ("dapo", {"entropy_coef": 0.05, "entropy_weighting": "tea"}),
+    ("dapo", {"kd_coef": 0.1, "teacher_model_name_or_path": "tiny"}),
+    ("dr_grpo", {"kd_coef": 0.1, "teacher_model_name_or_path": "tiny", "kd_direction": "forward", "kd_rows": "stuck"})])
 def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
     model, tokenizer = tiny
-    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
     c = config(loss_type=loss_type, temperature=0.9, **extra)
-    window = window_of(model, tokenizer, c, prompts, REWARDS)
-    reference = None
-    if c.beta:
-        reference = grpo.Policy(load_model("tiny")[0])
+    groups = groups_of(model, tokenizer, c, REWARDS)
+    other = grpo.Policy(load_model("tiny")[0])
+    grpo.consult(groups, other if c.beta else None, other if c.kd_coef else None, grpo.pace_of(0, c), c, ALONE)
     found = []
     for rows, tokens in ((12, 0), (1, 0), (5, 0), (12, 50)):
         c.per_device_train_batch_size, c.micro_batch_tokens = rows, tokens
-        found.append(step_gradient(model, reference, copy.deepcopy(window), prompts, c))
+        found.append(step_gradient(model, copy.deepcopy(rows_in(groups)), c))
     for gradient, numbers, update in found[1:]:
         for name in gradient:
             assert torch.allclose(gradient[name], found[0][0][name], rtol=1e-4, atol=1e-6)
@@ -200,49 +217,51 @@ def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
 def test_first_step_is_reinforce_with_a_baseline_and_silent_rows_stay_in_the_denominator(tiny):
     """At ratio 1 the gradient is that of sum A log p / (tokens of all rows), EOS included, the silent group too."""
     model, tokenizer = tiny
-    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
     c = config(loss_type="dapo")
-    window = window_of(model, tokenizer, c, prompts, REWARDS)
-    assert window["finished_R"].any()
-    found, numbers, _ = step_gradient(model, None, window, prompts, c)
+    rows = rows_in(groups_of(model, tokenizer, c, REWARDS))
+    assert any(row.finished for row in rows)
+    found, numbers, _ = step_gradient(model, rows, c)
     assert numbers["clip_ratio"] == 0 and numbers["sampling/logp_difference"] < 1e-4 and numbers["entropy"] > 0
     model.zero_grad()
-    advantages = group_advantages(window["rewards_R"].view(-1, 4), "group").flatten()
-    for row in range(12):
-        prompt, n = prompts[row // 4], int(window["lengths_R"][row])
-        ids = torch.tensor([prompt + window["tokens_RT"][row, :n].tolist()])
-        logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
-        (-advantages[row] * logps.sum() / window["lengths_R"].sum()).backward()
+    advantages = group_advantages(torch.tensor(REWARDS).view(-1, 4), "group").flatten()
+    n_tokens = sum(len(row.tokens_T) for row in rows)
+    for row, advantage in zip(rows, advantages):
+        ids = torch.tensor([row.prompt + row.tokens_T.tolist()])
+        start = len(row.prompt)
+        logps = model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
+        (-advantage * logps.sum() / n_tokens).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
 def test_later_iterations_use_the_log_probs_of_the_first(tiny):
     model, tokenizer = copy.deepcopy(tiny)
-    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
     c = config(num_iterations=2, learning_rate=1e-2)
-    window = window_of(model, tokenizer, c, prompts, REWARDS)
-    policy, sampled = grpo.Policy(model), window["logps_RT"].clone()
+    update = Update(rows_in(groups_of(model, tokenizer, c, REWARDS)), True, c)
+    policy = grpo.Policy(model)
     optimizer = grpo.make_optimizer(policy, c)
-    first, _ = grpo.update_policy(policy, None, optimizer, Update(window, prompts, 0, c), 0, c, ALONE)
-    rows = Update(window, prompts, 1, c)
-    kept = window["old_logps_RT"][rows.rows][rows.mask_RT[rows.rows]]
-    assert torch.allclose(kept, sampled[rows.rows][rows.mask_RT[rows.rows]], atol=1e-4)
-    second, _ = grpo.update_policy(policy, None, optimizer, rows, 1, c, ALONE)
+    first, _ = grpo.update_policy(policy, optimizer, update, 0, c, ALONE)
+    rows = grpo.unpack(grpo.pack(update.rows))  # as through a checkpoint
+    for row, before in zip(rows, update.rows):
+        assert torch.allclose(row.values["old"], row.values["sampled"], atol=1e-4)
+        assert (row.prompt, row.advantage, row.weight) == (before.prompt, before.advantage, before.weight)
+        assert torch.equal(row.tokens_T, before.tokens_T)
+    second, _ = grpo.update_policy(policy, optimizer, Update(rows, False, c), 1, c, ALONE)
     assert first["clip_ratio"] == 0 and second["clip_ratio"] > 0  # the policy has moved away from the sampling one
     assert abs(second["loss"] - first["loss"]) > 1e-6
 
 
 def test_truncated_completions_can_be_left_out(tiny):
     model, tokenizer = tiny
-    prompts = [encode_prompt(tokenizer, text) for text in ("1+1=", "22+33-4=", "5*2+18-3=")]
     c = config(mask_truncated_completions=True)
-    window = window_of(model, tokenizer, c, prompts, REWARDS)
-    window["finished_R"][:] = True
-    window["finished_R"][0] = False
-    update = Update(window, prompts, 0, c)
-    assert 0 not in update.rows and 1 in update.rows
-    assert update.weights_R[1] == pytest.approx(1 / int(window["lengths_R"][1:].sum()))
+    groups = groups_of(model, tokenizer, c, REWARDS)
+    rows = rows_in(groups)
+    for i, row in enumerate(rows):
+        row.finished = i != 0
+    grpo.credit(groups, grpo.pace_of(0, c), 12, c)
+    update = Update(rows, True, c)
+    assert rows[0] not in update.rows and rows[1] in update.rows
+    assert rows[1].weight == pytest.approx(1 / sum(len(row.tokens_T) for row in rows[1:]))
 
 
 def test_nothing_given_to_the_losses_is_written_to():
@@ -259,43 +278,49 @@ def test_nothing_given_to_the_losses_is_written_to():
     assert all(torch.equal(a, b) for a, b in zip(given, before))
 
 
+def row_of(text="", n_tokens=3, right=False, reward=0.0, finished=True):
+    row = grpo.Row([5], torch.ones(n_tokens, dtype=torch.long), {"sampled": torch.zeros(n_tokens)}, finished, text, right)
+    row.reward, row.scores = reward, (reward,)
+    return row
+
+
 def test_rewards():
     c = config(max_completion_length=20)
-    problem = Problem("37+5=", "42")
-    assert grpo.accuracy_reward(problem, "37+5=42#42", 10, c) == 1 and grpo.accuracy_reward(problem, "#41", 3, c) == 0
-    assert grpo.format_reward(problem, "#41", 3, c) == 1 and grpo.format_reward(problem, "41", 3, c) == 0
-    assert grpo.length_reward(problem, "", 5, c) == 0.75
+    problem, pace = Problem("37+5=", "42"), grpo.pace_of(0, c)
+    right, wrong = row_of("37+5=42#42", 10, True), row_of("#41", 3)
+    assert grpo.accuracy_reward(problem, right, pace, c) == 1 and grpo.accuracy_reward(problem, wrong, pace, c) == 0
+    assert grpo.format_reward(problem, wrong, pace, c) == 1 and grpo.format_reward(problem, row_of("41"), pace, c) == 0
+    assert grpo.length_reward(problem, row_of("", 5), pace, c) == 0.75
 
 
 def test_reward_weights_and_penalty_add_up():
     c = config(reward_funcs=["accuracy", "length"], reward_weights=[2.0, 0.5], soft_overlong_tokens=6)
-    rollouts = Rollouts(torch.zeros(4, 12, dtype=torch.long), torch.zeros(4, 12), torch.tensor([3, 6, 9, 12]),
-                        torch.tensor([True, True, True, False]))
-    scores, total = grpo.score([Problem("1+1=", "2")], ["#2", "#3", "#2", "2"], rollouts, c)
-    assert scores[:, 0].tolist() == [1, 0, 1, 1] and scores[:, 1].tolist() == [0.75, 0.5, 0.25, 0]
-    assert total.tolist() == pytest.approx([2.375, 0.25, 2.125 - 0.5, 2.0 - 1.0])
+    rows = [row_of(text, n) for text, n in (("#2", 3), ("#3", 6), ("#2", 9), ("2", 12))]
+    for row in rows:
+        grpo.judge(Problem("1+1=", "2"), row, grpo.pace_of(0, c), c)
+    assert [row.scores for row in rows] == [(1, 0.75), (0, 0.5), (1, 0.25), (1, 0)]
+    assert [row.reward for row in rows] == pytest.approx([2.375, 0.25, 2.125 - 0.5, 2.0 - 1.0])
+    assert [row.right for row in rows] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_a_bad_reward_is_named(value, monkeypatch):
     monkeypatch.setitem(grpo.REWARDS, "accuracy", lambda *given: value)
-    rollouts = Rollouts(torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, 2), torch.ones(4, dtype=torch.long),
-                        torch.ones(4, dtype=torch.bool))
     with pytest.raises(grpo.RunError, match="accuracy"):
-        grpo.score([Problem("1+1=", "2")], ["2"] * 4, rollouts, config())
+        grpo.judge(Problem("1+1=", "2"), row_of("2"), grpo.pace_of(0, config()), config())
 
 
 def test_what_is_logged_about_rollouts():
-    c = config(reward_funcs=["accuracy", "format"])
-    rollouts = Rollouts(torch.zeros(8, 12, dtype=torch.long), torch.zeros(8, 12), torch.tensor([2, 4, 6, 12] * 2),
-                        torch.tensor([True, True, True, False] * 2))
-    texts = ["#2", "#2", "#2", "#2", "#2", "#1", "x", "x"]
-    scores, total = grpo.score([Problem("1+1=", "2"), Problem("2+0=", "2")], texts, rollouts, c)
-    numbers = grpo.describe(scores, total, rollouts, texts, c)
+    c, problem = config(reward_funcs=["accuracy", "format"]), Problem("1+1=", "2")
+    texts, lengths = ["#2", "#2", "#2", "#2", "#2", "#1", "x", "x"], [2, 4, 6, 12] * 2
+    rows = [row_of(text, n, finished=n < 12) for text, n in zip(texts, lengths)]
+    for row in rows:
+        grpo.judge(problem, row, grpo.pace_of(0, c), c)
+    numbers = grpo.describe([grpo.Group(0, rows[:4]), grpo.Group(1, rows[4:])], c)
     wanted = {"reward": (5 + 6) / 8, "frac_reward_zero_std": 0.5, "frac_all_right": 0.5, "frac_all_wrong": 0.0,
               "completions/mean_length": 6, "completions/min_length": 2, "completions/max_length": 12,
               "completions/clipped_ratio": 0.25, "completions/parse_fail": 0.25, "rewards/accuracy/mean": 5 / 8,
-              "rewards/format/mean": 6 / 8}
+              "rewards/format/mean": 6 / 8, "sampled_accuracy": 5 / 8}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
 
 
@@ -344,25 +369,13 @@ def test_the_shuffled_reward_does_not_teach_and_the_true_one_does(tmp_path, cold
         grpo.main(quick(tmp_path, cold_start, output_dir=str(tmp_path / name), max_steps=STEPS, per_device_train_batch_size=128,
                         num_generations=8, learning_rate=1e-3, n_train=200, save_steps=0, max_completion_length=14))
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        right = [line["true"] if "true" in line else line["rewards/accuracy/mean"] for line in lines]
+        right = [line["sampled_accuracy"] for line in lines]
         return sum(right[:3]) / 3, sum(right[-5:]) / 5
 
     before, after = final_accuracy("true")
     assert after > before + 0.1
-    true_reward, describe, verdicts = grpo.accuracy_reward, grpo.describe, []
     coin = torch.Generator().manual_seed(0)
-
-    def shuffled(problem, completion, n_tokens, c):
-        verdicts.append(true_reward(problem, completion, n_tokens, c))
-        return float(torch.rand((), generator=coin) < 0.3)
-
-    def described(*given):
-        numbers = {**describe(*given), "true": sum(verdicts) / len(verdicts)}
-        verdicts.clear()
-        return numbers
-
-    monkeypatch.setitem(grpo.REWARDS, "accuracy", shuffled)
-    monkeypatch.setattr(grpo, "describe", described)
+    monkeypatch.setitem(grpo.REWARDS, "accuracy", lambda *given: float(torch.rand((), generator=coin) < 0.3))
     before, after = final_accuracy("shuffled")
     assert after < before + 0.05
 
@@ -402,7 +415,7 @@ def test_the_reference_is_checked_when_a_run_is_continued(tmp_path, cold_start):
     model = tmp_path / "model"
     shutil.copytree(cold_start, model)
     c = config(model_name_or_path=str(model), beta=0.1)
-    reference, state = grpo.make_reference(c, ALONE), {}
+    reference, state = grpo.make_frozen(str(model), True, c, ALONE), {}
     grpo.check_reference(reference, state, c)
     grpo.check_reference(reference, state, c)
     with torch.no_grad():
@@ -413,10 +426,13 @@ def test_the_reference_is_checked_when_a_run_is_continued(tmp_path, cold_start):
 
 def test_row_order_is_that_of_the_prompts_for_any_number_of_processes(tiny):
     model, tokenizer = tiny
-    c, prompts = config(), [encode_prompt(tokenizer, f"{i}+1=") for i in range(5)]
-    whole = grpo.roll_out(model, tokenizer, prompts, 3, c, ALONE)
+    c, prompts, counts = config(), [encode_prompt(tokenizer, f"{i}+1=") for i in range(5)], [4, 2, 1, 3, 4]
+    whole = grpo.sample_prompts(model, tokenizer, prompts, counts, 12, [c.seed, 3], c, ALONE)
+    first = [sum(counts[:i]) for i in range(5)]
     for rank, size in itertools.product(range(2), (2,)):
-        mine = range(rank, 5, size)
-        part = grpo.generate(model, tokenizer, [prompts[i] for i in mine], 4, 12, 1.0, seed=[c.seed, 3], keys=mine)
-        for place, i in enumerate(mine):
-            assert [part.ids(place * 4 + j) for j in range(4)] == [whole.ids(i * 4 + j) for j in range(4)]
+        mine, place = range(rank, 5, size), 0
+        part = grpo.generate(model, tokenizer, [prompts[i] for i in mine], [counts[i] for i in mine], 12, 1.0,
+                             seed=[c.seed, 3], keys=mine)
+        for i in mine:
+            assert [part.ids(place + j) for j in range(counts[i])] == [whole.ids(first[i] + j) for j in range(counts[i])]
+            place += counts[i]
