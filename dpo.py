@@ -1,0 +1,1461 @@
+"""Preference optimisation: DPO and its relatives, on pairs you have or pairs that the policy makes itself.
+
+Of two completions of one prompt the chosen one is the better. With the log-ratios c and r of chosen and rejected,
+log p(completion | prompt) - log p_reference(completion | prompt), summed over the completion's tokens,
+
+    loss = mean over pairs of - log sigmoid(beta (c - r))
+
+`--loss_type` chooses this or a relative, all of them in the first section below. Only the difference c - r is held by
+this loss: both may fall, and the right answers with them, while the margin grows. So logps/chosen, the share of pairs
+whose chosen log-prob fell, and task accuracy stand beside rewards/margins; `rpo` and `dpop` hold c itself.
+Against TRL's DPOTrainer: the reference is the model given, not one reloaded by name, and is never kept: its log-probs
+are computed once, before training; the prompt of a pair is computed once for both completions; rows are sorted by
+length; only completion tokens meet the output head; pairs over --max_length are left out, not cut short.
+
+Dimensions: P pairs · C = 2 completions, chosen first · B lines of one forward · S predicting positions ·
+N trained tokens · D model width.
+
+    python sft.py && python dpo.py                    # the embedded task, pairs from the policy: two minutes
+    python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --pairs offline --eval_steps 0 \
+        --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/d                # one GPU
+    torchrun --nproc-per-node 8 dpo.py --fsdp ...                                         # several GPUs
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser
+
+from eval import (InputError, encode_prompt, end_of_turn, evaluate, fill_template, generate, load_model,
+                  load_problems, plot_runs, read_rows, softcap, verify)
+from kernels import linear_logps
+
+# --- config ---
+
+
+def flag(default, help):
+    """One command-line flag: its default and what it means."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
+    dataset_name: str = flag("chain", "a problem set (see eval.py); --pairs offline: a file or hub data set of pairs")
+    dataset_train_split: str = flag("train", "split to train on")
+    dataset_test_split: str = flag("validation", "split to evaluate on")
+    eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
+    n_train: int = flag(20000, "problems or pairs to train on; 0: all (an endless set such as `chain` needs a number)")
+    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
+    answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
+    prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
+    levels: str = flag("1-5", "`chain`: difficulty levels, such as 1-3 or 1,4")
+    domains: str = flag("", "`chain`: kinds of operation, such as add,mul; empty: all")
+    error_rate: float = flag(0.15, "`chain`, --pairs offline: share of wrong steps in the rejected solutions")
+    output_dir: str = flag("runs/dpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
+    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
+    resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
+    loss_type: str = flag("rpo", "sigmoid (DPO), ipo, ipo_sum, hinge, simpo, rpo, dpop, step_apo, or sft (chosen only)")
+    beta: float = flag(0.0, "strength of the preference; 0: the loss's usual one (simpo 2, all others 0.1)")
+    label_smoothing: float = flag(0.0, "sigmoid: share of pairs taken to be the wrong way round (conservative DPO)")
+    simpo_gamma: float = flag(1.0, "simpo: margin wanted, outside beta (the authors' gamma_beta_ratio times beta)")
+    rpo_alpha: float = flag(1.0, "rpo: weight of the chosen completion's negative log-likelihood per token")
+    dpop_lambda: float = flag(5.0, "dpop: weight of the fall of the chosen log-prob, inside beta")
+    pairs: str = flag("on_policy", "on_policy: right against wrong samples; steps: right against wrong steps; offline")
+    resample_steps: int = flag(10, "new pairs and a fresh reference every so many steps; 0: once, at the start")
+    round_prompts: int = flag(256, "prompts sampled each time pairs are made")
+    num_generations: int = flag(8, "completions per prompt, and per prefix with --pairs steps")
+    pairs_per_prompt: int = flag(4, "pairs made of one prompt's completions at most")
+    step_separator: str = flag(";", "--pairs steps: a step ends with this text, such as a line break for prose")
+    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error")
+    max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
+    temperature: float = flag(1.0, "of sampling; the loss is at 1")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
+    easy_to_hard: float = flag(0.0, "share of the run in which the data opens by level, easiest first; 0: all at once")
+    budget: int = flag(0, "annotated examples in all, problems or pairs; 0: n_train")
+    sft_fraction: float = flag(0.0, "share of the examples, and of the steps, spent on a cold start (sft) first")
+    sft_learning_rate: float = flag(0.0, "the cold start's peak; 0: 3e-3 under 10 M parameters, 2e-5 above")
+    reference_cache: str = flag("runs/reference", "folder for log-probs of offline pairs, by content hash; empty: none")
+    share_prefix: bool = flag(True, "compute a pair's prompt once for both completions; speed only")
+    per_device_train_batch_size: int = flag(64, "pairs per process; at most so many in one forward")
+    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes pairs")
+    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
+    max_steps: int = flag(80, "optimizer steps")
+    num_train_epochs: float = flag(0.0, "--pairs offline: passes over the pairs; above 0 it decides, not max_steps")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 2e-5 under 10 M parameters, 1e-6 (TRL's) above")
+    lr_scheduler_type: str = flag("constant", "constant, linear or cosine, after the warm-up")
+    warmup_steps: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
+    max_length: int = flag(1024, "tokens of prompt and completion; longer offline pairs are left out and counted")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
+    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
+    logging_steps: int = flag(5, "print a line every so many steps; metrics.jsonl has every step")
+    eval_steps: int = flag(20, "evaluate (greedy) every so many steps and at the end; 0: never")
+    n_eval: int = flag(128, "problems to evaluate on")
+    save_steps: int = flag(20, "checkpoint every so many steps; 0: only when stopped and at the end")
+    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
+    seed: int = flag(0, "of data, order and sampling")
+    report_to: str = flag("none", "none, or wandb")
+
+
+# --- loss ---
+
+
+def gap(values_PC):
+    """What the chosen completion has more than the rejected one: [P]."""
+    return values_PC[:, 0] - values_PC[:, 1]
+
+
+def dpo_loss(ratios_PC, beta, label_smoothing=0.0):
+    """-log sigmoid(beta gap) [P], of log-ratios to the reference. Where both are equal it is log 2.
+
+    label_smoothing is the chance that a pair is the wrong way round; the optimum is then the finite margin
+    log((1 - s) / s) / beta, at 0.5 it is 0. Source: DPO 2305.18290 eq. 7; conservative DPO: Mitchell 2023.
+    """
+    margins_P = beta * gap(ratios_PC)
+    return -(1 - label_smoothing) * F.logsigmoid(margins_P) - label_smoothing * F.logsigmoid(-margins_P)
+
+
+def hinge_loss(ratios_PC, beta):
+    """max(0, 1 - beta gap) [P]: a pair with a margin of 1 is left alone. Source: SLiC 2305.10425, RSO 2309.06657."""
+    return (1 - beta * gap(ratios_PC)).clamp(min=0)
+
+
+def ipo_loss(ratios_PC, beta):
+    """(gap - 1 / (2 beta))^2 [P]: the gap is drawn to a finite value. Source: IPO 2310.12036 eq. 17.
+
+    Of summed log-ratios this is the paper's equation (`ipo_sum`); of log-ratios per token, which ask for that gap per
+    token, it is what the authors told TRL they had used, and TRL's `ipo`.
+    """
+    return (gap(ratios_PC) - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(logps_PC, lengths_PC, beta, gamma):
+    """-log sigmoid(beta gap(mean log-prob per token) - gamma) [P]; no reference. Source: SimPO 2405.14734 eq. 6.
+
+    gamma is the equation's, a margin in the units of the reward; the authors' code takes gamma / beta.
+    """
+    return -F.logsigmoid(beta * gap(logps_PC / lengths_PC) - gamma)
+
+
+def chosen_nll(logps_PC, lengths_PC):
+    """Negative log-likelihood per token of the chosen completion, each completion counting alike: [P]."""
+    return -logps_PC[:, 0] / lengths_PC[:, 0]
+
+
+def rpo_loss(ratios_PC, logps_PC, lengths_PC, beta, alpha):
+    """DPO plus alpha times the chosen completion's NLL per token [P]. Source: Iterative RPO 2404.19733 eq. 1."""
+    return dpo_loss(ratios_PC, beta) + alpha * chosen_nll(logps_PC, lengths_PC)
+
+
+def dpop_loss(ratios_PC, beta, penalty):
+    """DPO whose gap loses `penalty` times each nat the chosen log-prob fell below the reference's: [P].
+
+    Source: DPO-Positive of Smaug, 2402.13228.
+    """
+    return -F.logsigmoid(beta * (gap(ratios_PC) - penalty * (-ratios_PC[:, 0]).clamp(min=0)))
+
+
+def step_apo_loss(ratios_PC, values_PC, beta):
+    """-log sigmoid(beta gap of log-ratios - gap of values) [P], for two steps taken in the same state.
+
+    beta log(p / p_reference) of a step is its advantage, r + V(next state) - V(state); Bradley-Terry on r leaves the
+    difference of the values after the steps, V(state) cancels. The more a step matters, the longer it is pushed: until
+    the margin exceeds the gap of values. With equal values it is DPO. Source: CPL 2409.08642, Step-APO.
+    """
+    return -F.logsigmoid(beta * gap(ratios_PC) - gap(values_PC))
+
+
+USUAL_BETA = {"sigmoid": 0.1, "ipo": 0.1, "ipo_sum": 0.1, "hinge": 0.1, "simpo": 2.0, "rpo": 0.1, "dpop": 0.1,
+              "step_apo": 0.1, "sft": 0.1}
+REFERENCE_FREE = ("simpo", "sft")
+
+
+def pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config):
+    """(--loss_type of each pair [P], implicit rewards [P, C] in the units of the loss).
+
+    logps_PC and reference_PC are summed over each completion's tokens, lengths_PC counts them, values_PC are chances
+    of success (step_apo). Rewards are beta times the log-ratio; without a reference beta times the log-prob per token.
+    """
+    lengths_PC, ratios_PC, beta = lengths_PC.clamp(min=1), logps_PC - reference_PC, config.beta
+    rewards_PC = beta * (logps_PC / lengths_PC if config.loss_type in REFERENCE_FREE else ratios_PC).detach()
+    losses_P = {
+        "sigmoid": lambda: dpo_loss(ratios_PC, beta, config.label_smoothing),
+        "ipo": lambda: ipo_loss(ratios_PC / lengths_PC, beta),
+        "ipo_sum": lambda: ipo_loss(ratios_PC, beta),
+        "hinge": lambda: hinge_loss(ratios_PC, beta),
+        "simpo": lambda: simpo_loss(logps_PC, lengths_PC, beta, config.simpo_gamma),
+        "rpo": lambda: rpo_loss(ratios_PC, logps_PC, lengths_PC, beta, config.rpo_alpha),
+        "dpop": lambda: dpop_loss(ratios_PC, beta, config.dpop_lambda),
+        "step_apo": lambda: step_apo_loss(ratios_PC, values_PC, beta),
+        "sft": lambda: chosen_nll(logps_PC, lengths_PC),
+    }[config.loss_type]()
+    return losses_P, rewards_PC
+
+
+# --- data ---
+
+
+class Pair(NamedTuple):
+    """Two completions of one prompt as token ids, with the token that ends a turn (a single step may have none)."""
+
+    prompt: list
+    chosen: list
+    rejected: list  # empty in a cold start, which trains on `chosen` alone
+    level: int = 0
+    values: tuple = (0.0, 0.0)  # chance of a right answer after chosen and after rejected, for step_apo
+
+
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    before = whole.rpartition(answer)[0]
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""
+
+
+def checked(row, name, kinds, where):
+    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
+    value = row[name]
+    texts = [message.get(key) if isinstance(message, dict) else None for message in value
+             for key in ("role", "content")] if isinstance(value, list) else [value]
+    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
+        wanted = {str: "text", list: "messages with a role and a content"}
+        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
+    return value
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def split_chats(prompt, chosen, rejected, where):
+    """Messages up to the last one, which alone may differ, and the two last ones as text; InputError otherwise."""
+    if prompt is not None and chosen[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        chosen, rejected = prompt + chosen, prompt + rejected
+    *context, last = chosen
+    if rejected[:-1] != context or last["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise InputError(f"{where}: chosen and rejected must be one conversation but for the assistant's last message")
+    return context, last["content"], rejected[-1]["content"]
+
+
+def split_texts(chosen, rejected):
+    """The prompt that two texts begin with, and what follows it in each.
+
+    White space at its end goes to the completions, where most tokenizers want it; so does a word begun in common.
+
+    >>> split_texts("The sky is blue.", "The sky is black.")
+    ('The sky is', ' blue.', ' black.')
+    """
+    prompt = os.path.commonprefix([chosen, rejected])
+    prompt = prompt[: re.search(r"(\s+\S*)?\Z", prompt).start()]
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def row_pair(tokenizer, row, prompt_template, where):
+    """The Pair of a row in any of TRL's preference formats: text or chat, the prompt in its own column or shared."""
+    if not {"chosen", "rejected"} <= row.keys():
+        raise InputError(f"{where}: has columns {sorted(row)}; --pairs offline wants chosen and rejected, and prompt "
+                         "unless they begin with it")
+    chosen, rejected = (checked(row, name, (str, list), where) for name in ("chosen", "rejected"))
+    prompt = None if row.get("prompt") is None else checked(row, "prompt", (str, list), where)
+    if type(chosen) is not type(rejected):
+        raise InputError(f"{where}: chosen and rejected must both be text or both be messages")
+    if isinstance(chosen, list):
+        prompt, chosen, rejected = split_chats(prompt, chosen, rejected, where)
+    elif prompt is None:
+        prompt, chosen, rejected = split_texts(chosen, rejected)
+    prompt = fill_template(prompt_template, prompt) if prompt else prompt
+    (prompt_ids, chosen_ids), (_, rejected_ids) = (turn(tokenizer, prompt, text) for text in (chosen, rejected))
+    if not prompt_ids:
+        raise InputError(f"{where}: the prompt is empty")
+    level = re.search(r"\d+", str(row.get("level", "")))
+    return Pair(prompt_ids, chosen_ids, rejected_ids, int(level.group()) if level else 0)
+
+
+def load_pair_rows(config):
+    """Rows with prompt, chosen and rejected. `chain` pairs right solutions with such that have wrong steps."""
+    if config.dataset_name != "chain":
+        return read_rows(config.dataset_name, config.dataset_train_split)[: config.n_train or None]
+    right, spoiled = load_train_problems(config), load_train_problems(config, config.error_rate)
+    return [{"prompt": a.prompt, "chosen": a.solution, "rejected": b.solution, "level": a.level}
+            for a, b in zip(right, spoiled) if not verify(b.solution, a.answer)]
+
+
+def make_pairs(rows, tokenizer, config):
+    """Every row's Pair; those over --max_length, and those without a difference, are left out, and said to be."""
+    where = f"--dataset_name {config.dataset_name}: row"
+    pairs = [row_pair(tokenizer, row, config.prompt_template, f"{where} {i + 1}") for i, row in enumerate(rows)]
+    different = [pair for pair in pairs if pair.chosen != pair.rejected]
+    kept = [pair for pair in different
+            if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= config.max_length]
+    if len(kept) < len(pairs):
+        print(f"of {len(pairs)} pairs {len(pairs) - len(different)} have no difference and "
+              f"{len(different) - len(kept)} are longer than --max_length {config.max_length}: left out")
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}, --dataset_name {config.dataset_name}: no pair is left")
+    return kept
+
+
+def cold_start_pairs(problems, prompts, tokenizer):
+    """The solutions of problems, as pairs that have no rejected completion."""
+    if not all(problem.solution for problem in problems):
+        raise InputError("--sft_fraction: these problems have no worked solutions for a cold start")
+    return [Pair(prompt, turn(tokenizer, problem.prompt, problem.solution)[1], [], problem.level)
+            for problem, prompt in zip(problems, prompts)]
+
+
+def n_open(n, step, config):
+    """How many of n rows, sorted by level, are open at a step: from a fifth up to all (after iTool 2501.09766)."""
+    end = config.easy_to_hard * config.max_steps
+    return n if step >= end else max(1, round(n * (0.2 + 0.8 * step / end)))
+
+
+def rows_of_step(n_rows, rows_per_step, step, seed):
+    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
+
+    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
+    """
+    first, indices = step * rows_per_step, []
+    while len(indices) < rows_per_step:
+        epoch, offset = divmod(first + len(indices), n_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
+    return indices
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
+
+
+class PairBatch(NamedTuple):
+    """The tensors of one forward. A line holds a prompt and the completions that continue it, one after the other."""
+
+    ids_BS: torch.Tensor  # token ids without each completion's last, from which nothing is predicted; right-padded
+    positions_BS: torch.Tensor  # where each token stands in its own sequence: completions begin at the same place
+    mask_B1SS: torch.Tensor | None  # bool: may query see key? None: all that stands before it
+    where_N: torch.Tensor  # the flat place in ids_BS that each trained token is predicted from
+    targets_N: torch.Tensor  # the trained tokens
+    slots_N: torch.Tensor  # where each belongs in [P, C, longest completion], flattened
+    rows: list  # the index of each pair in its step
+    longest: int  # tokens of the longest completion
+
+
+def line_tokens(pair, share_prefix):
+    """What a pair costs in a forward, in tokens."""
+    prompt, chosen, rejected = map(len, pair[:3])
+    return max(1, prompt + chosen + rejected - 2 if share_prefix else 2 * (prompt + max(chosen, rejected) - 1))
+
+
+def collate_pairs(pairs, rows, share_prefix, device):
+    """One forward's tensors from its rows (indices into `pairs`); no row at all gives one that trains nothing.
+
+    With share_prefix a pair is one line whose completions do not see each other, else a line each, where no mask is
+    needed: nothing before a pad can see it.
+    """
+    lines, targets, slots = [], [], []
+    longest = max([1, *(len(ids) for row in rows for ids in pairs[row][1:3])])
+    for i, row in enumerate(rows):
+        completions = [(2 * i, pairs[row].chosen), (2 * i + 1, pairs[row].rejected)]
+        lines += [(pairs[row].prompt, part) for part in ([completions] if share_prefix else zip(completions))]
+    width = max([1, *(len(prompt) + sum(max(0, len(ids) - 1) for _, ids in part) for prompt, part in lines)])
+    B = max(1, len(lines))
+    ids_BS, positions_BS, branch_BS = (torch.zeros(B, width, dtype=torch.long) for _ in range(3))
+    where = []
+    for b, (prompt, part) in enumerate(lines):
+        start = len(prompt)
+        ids_BS[b, :start], positions_BS[b, :start] = torch.tensor(prompt), torch.arange(start)
+        for branch, (side, ids) in enumerate(part, 1):
+            end = start + max(0, len(ids) - 1)
+            ids_BS[b, start:end] = torch.tensor(ids[:-1], dtype=torch.long)
+            positions_BS[b, start:end] = torch.arange(len(prompt), len(prompt) + end - start)
+            branch_BS[b, start:end] = branch
+            where += [b * width + s for s in (len(prompt) - 1, *range(start, end))[: len(ids)]]
+            targets, slots = targets + ids, slots + list(range(side * longest, side * longest + len(ids)))
+            start = end
+    mask_B1SS = None
+    if share_prefix:
+        query_BS1, key_B1S = branch_BS[:, :, None], branch_BS[:, None]
+        seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)) & torch.ones(width, width, dtype=torch.bool).tril()
+        mask_B1SS = seen_BSS[:, None].to(device)
+    where_N, targets_N, slots_N = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets, slots))
+    return PairBatch(ids_BS.to(device), positions_BS.to(device), mask_B1SS, where_N, targets_N, slots_N, list(rows),
+                     longest)
+
+
+# --- model ---
+
+
+class PairPolicy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        """Log-probs of both completions of each pair, summed over their tokens: float32 [P, C]."""
+        places = {} if batch.mask_B1SS is None else {"attention_mask": batch.mask_B1SS,
+                                                     "position_ids": batch.positions_BS}
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BS, use_cache=False, **places).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        logps_N, _ = linear_logps(hidden_ND, weight_VD, batch.targets_N, entropy=False, softcap=softcap(self.model))
+        logps_PCT = logps_N.new_zeros(len(batch.rows), 2, batch.longest)
+        return logps_PCT.flatten().index_copy(0, batch.slots_N, logps_N).view_as(logps_PCT).sum(-1)
+
+
+class World(NamedTuple):
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(config):
+    """Joins the processes that torchrun started, or stands alone."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or config.fsdp:
+        store = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=config.ddp_timeout), **store)
+    return World(rank, size, device)
+
+
+def barrier():
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values, world):
+    """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def on_rank_0(function, world):
+    """What function() returns on rank 0, or raises there as InputError, on every process."""
+    outcome = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def distribute_pairs(model, config, world):
+    """The PairPolicy of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(PairPolicy(model.train().to(world.device)), config)
+    ddp = world.size > 1 and not config.fsdp
+    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
+
+
+def can_share_prefix(model):
+    """Does the model take a mask of who sees whom? Not with sliding windows, recurrent layers, or other attention."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def shard(policy, config):
+    """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
+    if config.fsdp:
+        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
+        for layer in policy.model.base_model.layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+def unwrap(policy):
+    """The Policy inside DDP; never for a forward whose gradient is wanted, which must go through the wrapper."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def make_decoder(model, config):
+    """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
+    if not config.fsdp and not torch.cuda.is_available():
+        return model
+    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(decoder, policy):
+    """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
+    check_weights(policy)
+    for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
+        if target is not source:
+            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def check_weights(policy):
+    """Raises RunError, on every process, where a weight is not finite: such a policy is neither sampled nor saved."""
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in policy.parameters()]
+    total = sum(part.detach().sum() for part in parts)  # finite only if every term is
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    if not total.isfinite():
+        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
+
+
+def make_optimizer(policy, config):
+    """AdamW; decay on matrices only. Its learning rate is set at each step."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def scheduled_rate(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
+
+    The first step already moves (transformers' own schedules spend it at rate 0).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def train_step(policy, optimizer, batches, loss_of, step, config, world):
+    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
+
+    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
+    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
+    finite, nothing moves: neither the weights nor the optimizer.
+    """
+    sums = {"loss": 0.0}
+    for i, batch in enumerate(batches):
+        waits = isinstance(policy, DistributedDataParallel) and i < len(batches) - 1  # gradients travel once a step
+        with policy.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+                loss, numbers = loss_of(policy, batch)
+            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the sum is meant
+        for name, value in {"loss": loss.detach(), **numbers}.items():
+            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, config)
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers, taken
+
+
+@torch.no_grad()
+def reference_logps(policy, pairs, config, world):
+    """Log-probs of every pair under the policy as it now stands: float32 [P, C] on the CPU, on every process."""
+    policy.eval()  # the reference has no dropout
+    found_PC = torch.zeros(len(pairs), 2, device=world.device)
+    parts = micro_batches([line_tokens(pair, config.share_prefix) for pair in pairs],
+                          config.per_device_train_batch_size, config.micro_batch_tokens, world)
+    for part in parts:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+            found_PC[part] = policy(collate_pairs(pairs, part, config.share_prefix, world.device))
+    if dist.is_initialized():
+        dist.all_reduce(found_PC)
+    policy.train()
+    return found_PC.cpu()
+
+
+def cached_reference(policy, pairs, config, world):
+    """reference_logps, found in --reference_cache where these weights have met these pairs before, else kept there."""
+    digest = hashlib.sha256(repr([config.bf16, [pair[:3] for pair in pairs]]).encode())
+    for parameter in policy.parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    path = Path(config.reference_cache) / f"{digest.hexdigest()}.safetensors"
+
+    def load():
+        try:
+            return load_file(path)["logps_PC"]
+        except (FileNotFoundError, SafetensorError):  # not there, or damaged
+            return None
+
+    found_PC = on_rank_0(load, world)
+    if found_PC is None:
+        found_PC = reference_logps(policy, pairs, config, world)
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logps_PC": found_PC}, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+    return found_PC
+
+
+# --- run ---
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why. Scripts print it and exit with 1; the last checkpoint is whole."""
+
+
+def write_json(path, value):
+    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append_line(path, value):
+    """Adds one JSON line to a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Has the system write a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint, in words, or None: every file must have the size and hash of the manifest."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
+
+
+def newest_checkpoint(run):
+    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
+    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+    for checkpoint in found:
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"{checkpoint}: {fault}; falling back to the checkpoint before it", file=sys.stderr)
+    if found:
+        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
+    return None
+
+
+def weight_tensors(policy):
+    """The policy's weights by name, sharing their memory."""
+    return {name: parameter.detach() for name, parameter in unwrap(policy).named_parameters()}
+
+
+def optimizer_tensors(policy, optimizer):
+    """The optimizer's state as a flat dict of tensors, `parameter name.state name`; zeros where it has not begun."""
+    tensors = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                             exp_avg_sq=torch.zeros_like(parameter))
+            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
+    return tensors
+
+
+def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors=None):
+    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two.
+
+    `state` is a dict for JSON with its "step"; `tensors` whatever else must survive. Everything is written under
+    another name, synced, listed in a manifest with sizes and hashes, and renamed. Without --fsdp the folder is also
+    a model that from_pretrained loads. Raises RunError where the disk does not take it; older ones stay.
+    """
+    final = run / "checkpoints" / f"step_{state['step']}"
+    aside = final.with_name(final.name + ".tmp")
+    check_weights(policy)
+    try:
+        if world.rank == 0:
+            for left in final.parent.glob("*.tmp"):  # by a save that was killed
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+        barrier()
+        if config.fsdp:
+            shards = {**weight_tensors(policy), **optimizer_tensors(policy, optimizer)}
+            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(aside / "shards"), save_distributed=True))
+        if world.rank == 0:
+            model = unwrap(policy).model
+            if config.fsdp:
+                model.config.save_pretrained(aside)
+            else:
+                model.save_pretrained(aside)
+                save_file(optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
+            tokenizer.save_pretrained(aside)
+            save_file(tensors or {}, aside / "tensors.safetensors")
+            write_json(aside / "state.json", state)
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            for path in files:
+                sync(path)
+            write_json(aside / "manifest.json",
+                       {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
+            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            os.rename(aside, final)
+            sync(final.parent)
+            older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
+            keep = max((step for step in older if step < state["step"]), default=None)
+            for step in set(older) - {keep}:  # later ones belong to a course that was given up
+                shutil.rmtree(older[step])
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
+                       "kept, and the same command continues from them") from error
+    barrier()
+
+
+def load_checkpoint(checkpoint, policy, optimizer, config):
+    """Brings the optimizer (and under FSDP the weights) back, in place: (state, tensors) as they were saved."""
+    saved = optimizer_tensors(policy, optimizer)
+    if config.fsdp:
+        shards = {**weight_tensors(policy), **saved}
+        dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(checkpoint / "shards")))
+    else:
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            saved[name].copy_(tensor)
+    return json.loads((checkpoint / "state.json").read_text()), load_file(checkpoint / "tensors.safetensors")
+
+
+FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+              "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
+              "per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size", "share_prefix",
+              "reference_cache"}  # may change when a run is continued
+
+
+def open_run(config, args):
+    """Looks at --output_dir before any long work: (the checkpoint to continue from or None, is the run finished?).
+
+    An unfinished run with the same flags is continued; anything else found in the folder raises InputError.
+    """
+    run = Path(config.output_dir)
+    model = Path(config.model_name_or_path).resolve()
+    if run.resolve() in (model, *model.parents):
+        raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
+    chosen = None if config.resume_from_checkpoint == "auto" else Path(config.resume_from_checkpoint)
+    if chosen and (fault := "--overwrite deletes it" if config.overwrite else fault_of(chosen)):
+        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
+    if config.overwrite and (run / "args.json").is_file():
+        for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+        if chosen:
+            raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
+        return None, False
+    if not (run / "args.json").is_file():
+        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
+    try:
+        before = json.loads((run / "args.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
+    for name in ("script", "rows_per_step"):
+        if before[name] != args[name]:
+            raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
+                             "--overwrite deletes it")
+    for name, value in args["flags"].items():
+        if name not in FREE_FLAGS and before["flags"].get(name) != value:
+            raise InputError(f"--{name} {value}: the run in --output_dir {run} has {before['flags'].get(name)}; "
+                             "--overwrite deletes it")
+    if before["finished"]:
+        print(f"{run}: finished already; --overwrite starts over")
+        return None, True
+    return chosen or newest_checkpoint(run), False
+
+
+def run_args(config, world):
+    """What args.json says: every flag, and all else one needs to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "git_commit": git.stdout.strip() or None, "finished": False}
+
+
+def begin_run(config, world, resume, args, data):
+    """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
+
+    `data` is hashed, so that a run is never continued on other data: InputError.
+    """
+    run, digest = Path(config.output_dir), hashlib.sha256(repr(data).encode()).hexdigest()
+    if world.rank != 0:
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        write_json(run / "args.json", {**args, "data_sha256": digest})
+    elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
+        raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
+                         "over")
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
+            path.with_suffix(".tmp").write_text("".join(lines))
+            os.replace(path.with_suffix(".tmp"), path)
+    print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
+    return run
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+
+    def agreed(self, world):
+        """The signal any process has received, the same on all of them; 0 for none."""
+        number = torch.tensor(self.number, device=world.device)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+class Log:
+    """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
+
+    def __init__(self, run, config, world):
+        self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
+        self.began, self.steps_done = time.perf_counter(), 0
+        if self.active and config.report_to == "wandb":
+            import wandb
+            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=asdict(config),
+                                    id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12], resume="allow")
+
+    def step(self, step, numbers, show, tokens, seconds):
+        """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
+        repeatable from run to run; all others are."""
+        self.steps_done += 1
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                "time/peak_memory_gb": memory / 2**30}
+        append_line(self.path, line)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        if step % self.config.logging_steps == 0 or step == self.config.max_steps:
+            mean = (time.perf_counter() - self.began) / self.steps_done
+            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
+            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
+                  f"{mean:.2f} s/step  eta {left}", flush=True)
+
+
+def peak_rss():
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def end_run(run, policy, tokenizer, world):
+    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
+    model = unwrap(policy).model
+    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()
+               if isinstance(parameter, DTensor)} or None
+    if world.rank == 0:
+        aside = run / "export.tmp"
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            os.replace(path, run / path.name)
+        aside.rmdir()
+        plot_runs([run], run / "curves.png")
+        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+    barrier()
+
+
+def check_frame(config):
+    """Raises InputError for flags that every script has and that cannot be meant."""
+    choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
+               "report_to": ("none", "wandb")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
+              "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
+              "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
+              "eval_steps": 0, "n_train": 0, "seed": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    if "{prompt}" not in config.prompt_template:
+        raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
+
+
+def note_step(run, state, taken, rows, config, world):
+    """Counts the step; one not taken is written down with its rows. RunError after --max_bad_steps in a row."""
+    state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
+    if taken:
+        return
+    if world.rank == 0:
+        append_line(run / "bad_steps.jsonl", {"step": state["step"], "rows": rows})
+        print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
+              f"{run / 'bad_steps.jsonl'}", file=sys.stderr)
+    if state["bad_steps"] >= config.max_bad_steps:
+        raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
+                       "(--max_bad_steps); the weights are those of the last good step")
+
+
+def load_eval_problems(config):
+    """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
+    name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if not config.eval_steps or not name:
+        return []
+    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
+                         domains=config.domains, prompt_column=config.prompt_column,
+                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+
+
+def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
+    """Greedy accuracy on `problems` by eval.py's own path: numbers to log; a few samples go to samples.jsonl."""
+    refresh(decoder, policy)
+    numbers = {}
+    if world.rank == 0:
+        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
+        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        if len(result["by_level"]) > 1:
+            numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
+        for record in result["records"][:4]:
+            append_line(run / "samples.jsonl", {"step": step, **record})
+    barrier()
+    return numbers
+
+
+def fill_learning_rate(config, model, small, large):
+    """Settles --learning_rate 0: `small` for a model under 10 M parameters, else `large`."""
+    config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
+
+
+def read_config(Config):
+    """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                              formatter_class=RawDescriptionHelpFormatter)
+
+    def fail(message):  # argparse would print the usage too
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    return config
+
+
+def launch(main, Config):
+    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped."""
+    code = 0
+    try:
+        main(read_config(Config))
+    except (InputError, RunError, OSError, SafetensorError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# --- rollout ---
+
+
+class Attempt(NamedTuple):
+    """A sampled completion and its verdict."""
+
+    ids: list
+    right: bool  # its end was reached and the answer is right
+
+
+def sample_attempts(decoder, tokenizer, problems, prompts, starts, number, config, world):
+    """--num_generations ways to go on from each prompt and start of a completion: for each a list of Attempts.
+
+    `starts` are token ids, [] for a whole completion; an Attempt holds what comes after, its verdict is on the whole.
+    The prompts are shared out over the processes, every process returns all. Random numbers belong to (seed, number,
+    prompt, sample), so the same comes out however many processes there are; `number` must differ from call to call.
+    """
+    mine = range(world.rank, len(prompts), world.size)
+    rollouts = generate(decoder, tokenizer, [prompts[i] + starts[i] for i in mine], config.num_generations,
+                        config.max_completion_length, config.temperature, seed=[config.seed, number],
+                        batch_size=config.generation_batch_size, keys=mine)
+    groups = {i: [] for i in mine}
+    for row, finished in enumerate(rollouts.finished_R.tolist()):
+        i, ids = mine[row // config.num_generations], rollouts.ids(row)
+        right = finished and verify(tokenizer.decode(starts[i] + ids[:-1]), problems[i].answer)
+        groups[i].append(Attempt(ids, right))
+    parts = [groups] * world.size
+    if world.size > 1:
+        dist.all_gather_object(parts, groups)
+    groups = {i: group for part in parts for i, group in part.items()}
+    return [groups[i] for i in range(len(prompts))]
+
+
+def distinct(lists):
+    """The lists without repeats, in their order."""
+    return [list(ids) for ids in dict.fromkeys(map(tuple, lists))]
+
+
+def answer_pairs(groups, problems, prompts, number, config):
+    """Whole completions, right against wrong, at most --pairs_per_prompt of each prompt and no two alike."""
+    pairs = []
+    for i, group in enumerate(groups):
+        right, wrong = (distinct(a.ids for a in group if a.right is verdict) for verdict in (True, False))
+        picked = np.random.default_rng([config.seed, number, i]).permutation(len(right) * len(wrong))
+        for k in picked[: config.pairs_per_prompt].tolist():
+            pairs.append(Pair(prompts[i], right[k // len(wrong)], wrong[k % len(wrong)], problems[i].level))
+    return pairs
+
+
+@dataclass
+class Search:
+    """The hunt for the first wrong step of one wrong completion: right answers still come after `low` steps, and none
+    came after `high`."""
+
+    problem: int
+    ids: list
+    ends: list  # where each of its steps ends
+    tries: list  # Attempts made after `low` steps
+    low: int = 0
+    high: int = 0
+
+    def start(self, n_steps):
+        return self.ids[: self.ends[n_steps - 1]] if n_steps else []
+
+
+def step_ends(ids, tokenizer, separator):
+    """Where each step of a completion ends: after a token whose text holds the separator, and at the completion's end.
+
+    Tokens are never cut. A separator that takes several tokens is found by the token that completes it.
+    """
+    ends, begin = [], 0
+    for i in range(len(ids) - 1):
+        if separator in tokenizer.decode(ids[begin : i + 1]):
+            ends.append(i + 1)
+            begin = i + 1
+    return ends + [len(ids)]
+
+
+def find_first_wrong_steps(groups, tokenizer, sample, config):
+    """Binary search, all completions side by side, for the step after which right answers stop coming: Searches.
+
+    Of each group at most --pairs_per_prompt wrong Attempts are searched, and only where others were right.
+    sample(problem indices, starts) returns Attempts. Source: OmegaPRM 2406.06592, without its tree.
+    """
+    searches = []
+    for i, group in enumerate(groups):
+        wrong = distinct(attempt.ids for attempt in group if not attempt.right)
+        if any(attempt.right for attempt in group):
+            for ids in wrong[: config.pairs_per_prompt]:
+                ends = step_ends(ids, tokenizer, config.step_separator)
+                searches.append(Search(i, ids, ends, group, high=len(ends)))
+    while going := [search for search in searches if search.high - search.low > 1]:
+        middles = [(search.low + search.high) // 2 for search in going]
+        found = sample([search.problem for search in going],
+                       [search.start(middle) for search, middle in zip(going, middles)])
+        for search, middle, tries in zip(going, middles, found):
+            if any(attempt.right for attempt in tries):
+                search.low, search.tries = middle, tries
+            else:
+                search.high = middle
+    return searches
+
+
+def step_pairs(groups, problems, prompts, tokenizer, sample, config):
+    """Single steps in the same state: the first wrong one of a wrong completion against one that led to a right answer.
+
+    For step_apo the values are measured: the share of right answers among continuations after the chosen step; after
+    the rejected one none came, which is how it was found.
+    """
+    pairs, after = [], []  # after: the problem and the start of a completion that the chosen step leads to
+    for search in find_first_wrong_steps(groups, tokenizer, sample, config):
+        state, rejected = search.start(search.low), search.ids[: search.ends[search.high - 1]]
+        rejected = rejected[len(state) :]
+        steps = {}  # the first step of each right continuation, and is it also its last?
+        for ids in (attempt.ids for attempt in search.tries if attempt.right):
+            end = step_ends(ids, tokenizer, config.step_separator)[0]
+            steps[tuple(ids[:end])] = end == len(ids)
+        steps.pop(tuple(rejected), None)  # found wrong by bad luck: a right completion took it too
+        for chosen, ends_all in list(steps.items())[:1]:
+            level = problems[search.problem].level
+            pair = Pair(prompts[search.problem] + state, list(chosen), rejected, level, (1.0, 0.0))
+            if pair not in pairs:
+                pairs.append(pair)
+                after.append(None if ends_all else (search.problem, state + list(chosen)))
+    if config.loss_type == "step_apo":
+        going = [k for k, place in enumerate(after) if place]
+        found = sample([after[k][0] for k in going], [after[k][1] for k in going])
+        for k, tries in zip(going, found):
+            pairs[k] = pairs[k]._replace(values=(sum(attempt.right for attempt in tries) / len(tries), 0.0))
+    return pairs
+
+
+def sample_pairs(decoder, tokenizer, problems, prompts, number, config, world):
+    """Pairs from the policy's own completions of these prompts, and the numbers logged about them.
+
+    Sampled ids are trained as they are, never decoded and tokenised again.
+    """
+    calls = []  # prompts of each call of the sampler
+
+    def sample(owners, starts):
+        calls.append(len(owners))
+        return sample_attempts(decoder, tokenizer, [problems[i] for i in owners], [prompts[i] for i in owners], starts,
+                               1000 * number + len(calls), config, world)
+
+    groups = sample(range(len(prompts)), [[]] * len(prompts))
+    if config.pairs == "steps":
+        pairs = step_pairs(groups, problems, prompts, tokenizer, sample, config)
+    else:
+        pairs = answer_pairs(groups, problems, prompts, number, config)
+    right_P = [sum(attempt.right for attempt in group) / len(group) for group in groups]
+    mixed_P = [0 < share < 1 for share in right_P]
+    return pairs, {"reward": float(np.mean(right_P)), "frac_mixed": float(np.mean(mixed_P)), "num_pairs": len(pairs),
+                   "rollouts": sum(calls) * config.num_generations}
+
+
+# --- main ---
+
+
+def check_config(config):
+    """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
+    choices = {"loss_type": tuple(USUAL_BETA), "pairs": ("on_policy", "steps", "offline")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"num_generations": 2, "pairs_per_prompt": 1, "round_prompts": 1, "max_prompt_length": 1, "max_length": 2,
+              "generation_batch_size": 1, "beta": 0, "label_smoothing": 0, "rpo_alpha": 0, "dpop_lambda": 0,
+              "resample_steps": 0, "budget": 0, "num_train_epochs": 0, "sft_learning_rate": 0, "easy_to_hard": 0,
+              "sft_fraction": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in ("label_smoothing", "easy_to_hard", "sft_fraction"):
+        if getattr(config, name) > 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+    if not config.temperature > 0:
+        raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
+    if not config.step_separator:
+        raise InputError("--step_separator: must not be empty")
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        raise InputError(f"--label_smoothing {config.label_smoothing}: only for --loss_type sigmoid")
+    if config.loss_type == "step_apo" and config.pairs != "steps":
+        raise InputError("--loss_type step_apo: needs the values that --pairs steps measures")
+    if config.num_train_epochs and config.pairs != "offline":
+        raise InputError(f"--num_train_epochs {config.num_train_epochs}: only with --pairs offline")
+    config.beta = config.beta or USUAL_BETA[config.loss_type]
+    if config.pairs != "offline":  # offline the budget counts pairs, of which a row may give none
+        config.n_train = config.budget or config.n_train
+
+
+class Data(NamedTuple):
+    """What a run trains on, sorted by level where --easy_to_hard asks for it."""
+
+    cold: list  # Pairs of the cold start, without rejected completions
+    pairs: list  # offline Pairs
+    problems: list  # to sample from
+    prompts: list  # their token ids
+
+
+def load_data(config, tokenizer):
+    """Data as --pairs and --sft_fraction have it; the first sft_fraction of the examples are the cold start's."""
+    if config.pairs == "offline":
+        problems, prompts = [], []
+        pairs = make_pairs(load_pair_rows(config), tokenizer, config)[: config.budget or None]
+        if len(pairs) < config.budget:
+            raise InputError(f"--budget {config.budget}: --dataset_name {config.dataset_name} gives {len(pairs)} pairs")
+        n_cold = round(config.sft_fraction * len(pairs))
+        cold, pairs = [pair._replace(rejected=[]) for pair in pairs[:n_cold]], pairs[n_cold:]
+    else:
+        pairs, problems = [], load_train_problems(config)
+        prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+        n_cold = round(config.sft_fraction * len(problems))
+        longest = max(map(len, prompts))
+        if longest > config.max_prompt_length:
+            raise InputError(f"--max_prompt_length {config.max_prompt_length}: a prompt of --dataset_name "
+                             f"{config.dataset_name} has {longest} tokens")
+        cold = cold_start_pairs(problems[:n_cold], prompts[:n_cold], tokenizer)
+        problems, prompts = problems[n_cold:], prompts[n_cold:]
+    if config.easy_to_hard:
+        order = sorted(range(len(problems)), key=lambda i: problems[i].level)
+        problems, prompts = [problems[i] for i in order], [prompts[i] for i in order]
+        cold, pairs = (sorted(part, key=lambda pair: pair.level) for part in (cold, pairs))
+        if not any(item.level for item in cold + pairs + problems):
+            raise InputError(f"--easy_to_hard: --dataset_name {config.dataset_name} has no levels")
+    return Data(cold, pairs, problems, prompts)
+
+
+def cold_steps(config):
+    """Optimizer steps of the cold start: it gets the same share of the steps as of the examples."""
+    return round(config.sft_fraction * config.max_steps)
+
+
+def check_phases(data, config):
+    """InputError where --sft_fraction leaves one of the two phases without examples or without steps."""
+    found = data.cold and cold_steps(config), (data.pairs or data.problems) and cold_steps(config) < config.max_steps
+    if tuple(map(bool, found)) != (config.sft_fraction > 0, config.sft_fraction < 1):
+        raise InputError(f"--sft_fraction {config.sft_fraction}: one of the two phases has no examples or no steps")
+
+
+def phase_of(step, config):
+    """(the flags in force at this step, steps since its phase began): the cold start is a run of its own."""
+    cold = cold_steps(config)
+    if step < cold:
+        return replace(config, loss_type="sft", learning_rate=config.sft_learning_rate, max_steps=cold), step
+    return replace(config, max_steps=config.max_steps - cold), step - cold
+
+
+def round_of(step, config):
+    """(the number of the round that a step belongs to, its first step); round 0 is the cold start."""
+    cold, every = cold_steps(config), 0 if config.pairs == "offline" else config.resample_steps
+    number = (step - cold) // every if every else 0
+    return (0, 0) if step < cold else (1 + number, cold + number * every)
+
+
+class Round(NamedTuple):
+    """Pairs in use, and their log-probs under the policy at the time when they came into use: the reference."""
+
+    pairs: list
+    reference_PC: torch.Tensor
+
+    def tensors(self):
+        """All of it as a flat dict of tensors, for a checkpoint."""
+        parts = [ids for pair in self.pairs for ids in pair[:3]]
+        return {"reference_PC": self.reference_PC, "ids_N": torch.tensor([token for ids in parts for token in ids]),
+                "lengths_N": torch.tensor([len(ids) for ids in parts]),
+                "values_PC": torch.tensor([pair.values for pair in self.pairs])}
+
+
+def restored_round(tensors, pairs):
+    """The Round that a checkpoint was saved in; sampled pairs come from its tensors, others are `pairs`."""
+    if "ids_N" in tensors:
+        parts = iter([ids.tolist() for ids in tensors["ids_N"].split(tensors["lengths_N"].tolist())])
+        pairs = [Pair(prompt, chosen, rejected, 0, tuple(values))
+                 for prompt, chosen, rejected, values in zip(parts, parts, parts, tensors["values_PC"].tolist())]
+    return Round(pairs, tensors["reference_PC"])
+
+
+def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
+    """(the Round that begins at this step, numbers to log about it).
+
+    Where the policy answers every prompt all right or all wrong, the round before goes on; RunError where none is.
+    """
+    number, about, (flags, _) = round_of(step, config)[0], {}, phase_of(step, config)
+    if number == 0 or config.pairs == "offline":
+        pairs = data.pairs if number else data.cold
+    else:
+        refresh(decoder, policy)
+        n = n_open(len(data.problems), step, config)
+        picked = rows_of_step(n, min(config.round_prompts, n), number, config.seed)
+        pairs, about = sample_pairs(decoder, tokenizer, [data.problems[i] for i in picked],
+                                    [data.prompts[i] for i in picked], number, config, world)
+        if not pairs:
+            fault = f"step {step + 1}: of {len(picked)} prompts none gave a pair: " + (
+                "all completions were right" if about["reward"] == 1 else "nowhere was a right one beside a wrong one")
+            if before is None or number == 1:
+                raise RunError(fault)
+            print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
+            return before, about
+    if flags.loss_type in REFERENCE_FREE:
+        return Round(pairs, torch.zeros(len(pairs), 2)), about
+    keep = config.pairs == "offline" and config.reference_cache
+    return Round(pairs, (cached_reference if keep else reference_logps)(policy, pairs, config, world)), about
+
+
+def pair_batch_loss(policy, batch, pairs, reference_PC, n_pairs, config):
+    """The batch's share of the step's loss, and of the numbers logged; n_pairs are those of the whole step."""
+    logps_PC = policy(batch)
+    reference_PC = reference_PC[batch.rows].to(logps_PC)
+    lengths_PC, values_PC = (torch.tensor(numbers).to(logps_PC).view(-1, 2) for numbers in (
+        [[len(pairs[i].chosen), len(pairs[i].rejected)] for i in batch.rows], [pairs[i].values for i in batch.rows]))
+    losses_P, rewards_PC = pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config)
+    logps_PC = logps_PC.detach()
+    numbers = {"logps/chosen": logps_PC[:, 0], "logps/rejected": logps_PC[:, 1]}
+    if config.loss_type != "sft":
+        numbers |= {"rewards/chosen": rewards_PC[:, 0], "rewards/rejected": rewards_PC[:, 1],
+                    "rewards/margins": gap(rewards_PC), "rewards/accuracies": gap(rewards_PC) > 1e-4}
+    if config.loss_type not in REFERENCE_FREE:  # 1e-3 nats, and 1e-4 above, are more than rounding: a tie is no gain
+        numbers["logps/chosen_fell"] = logps_PC[:, 0] < reference_PC[:, 0] - 1e-3
+    return losses_P.sum() / n_pairs, {name: value_P.sum() / n_pairs for name, value_P in numbers.items()}
+
+
+def show_pair(pair, tokenizer):
+    """Prints a pair as it is trained on, special tokens included."""
+    texts = (tokenizer.decode(ids, skip_special_tokens=False) for ids in pair[:3])
+    print("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts))
+
+
+def main(config):
+    check_frame(config)
+    check_config(config)
+    world = start_world(config)
+    args = run_args(config, world)
+    resume, finished = on_rank_0(lambda: open_run(config, args), world)
+    if finished:
+        return
+    eval_problems = load_eval_problems(config)
+    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
+                                  chat_template=config.chat_template)
+    data = load_data(config, tokenizer)
+    fill_learning_rate(config, model, small=2e-5, large=1e-6)
+    config.sft_learning_rate = config.sft_learning_rate or (3e-3 if model.num_parameters() < 10_000_000 else 2e-5)
+    config.share_prefix = config.share_prefix and can_share_prefix(model)
+    if config.num_train_epochs:
+        config.max_steps = math.ceil(config.num_train_epochs * len(data.cold + data.pairs) / args["rows_per_step"])
+    check_phases(data, config)
+    run = begin_run(config, world, resume, args, [data.cold, data.pairs, data.prompts,
+                                                  [problem.answer for problem in data.problems]])
+
+    decoder = make_decoder(model, config)
+    policy = distribute_pairs(model, config, world)
+    optimizer = make_optimizer(policy, config)
+    state, current = {"step": 0, "bad_steps": 0, "about": {}, "rollouts": 0}, None
+    if resume:
+        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        current = restored_round(tensors, data.pairs if state["step"] > cold_steps(config) else data.cold)
+    log, stop = Log(run, config, world), StopSignal()
+
+    while state["step"] < config.max_steps:
+        began, step = time.perf_counter(), state["step"]
+        flags, since = phase_of(step, config)
+        number, first = round_of(step, config)
+        if step == first:
+            current, about = begin_round(data, current, step, decoder, policy, tokenizer, config, world)
+            state["rollouts"] += about.get("rollouts", 0)
+            state["about"] = about and {**about, "rollouts": state["rollouts"]}
+            if since == 0:
+                optimizer.state.clear()  # its moments are another loss's
+                if world.rank == 0:
+                    show_pair(current.pairs[0], tokenizer)
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+        sorted_by_level = number == 0 or config.pairs == "offline"
+        n = n_open(len(current.pairs), step, config) if sorted_by_level else len(current.pairs)
+        indices = rows_of_step(n, args["rows_per_step"], step - first, config.seed + 1_000_003 * number)
+        chosen, reference_PC = [current.pairs[i] for i in indices], current.reference_PC[indices]
+        parts = micro_batches([line_tokens(pair, config.share_prefix) for pair in chosen],
+                              config.per_device_train_batch_size, config.micro_batch_tokens, world)
+
+        def loss_of(policy, batch):
+            return pair_batch_loss(policy, batch, chosen, reference_PC, len(chosen), flags)
+
+        numbers, taken = train_step(policy, optimizer,
+                                    [collate_pairs(chosen, part, config.share_prefix, world.device) for part in parts],
+                                    loss_of, since, flags, world)
+        note_step(run, state, taken, indices, config, world)
+        numbers = {**state["about"], **numbers, "learning_rate": scheduled_rate(since, flags)}
+        last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
+        if eval_problems and (last or state["step"] % config.eval_steps == 0):
+            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
+        log.step(state["step"], numbers, ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen",
+                                          "logps/rejected", "logps/chosen_fell", "reward", "eval/accuracy"),
+                 sum(line_tokens(pair, config.share_prefix) for pair in chosen), seconds)
+        stopping = stop.agreed(world)
+        if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
+            sampled = number > 0 and config.pairs != "offline"
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
+                            current.tensors() if sampled else {"reference_PC": current.reference_PC})
+        if stopping and not last:
+            sys.exit(128 + stopping)
+    end_run(run, policy, tokenizer, world)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

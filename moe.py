@@ -1,0 +1,1455 @@
+"""A mixture-of-experts language model whose experts specialise, because balance is asked of the whole batch.
+
+    loss = nll + balance_coef * mean over layers of LBL + z_loss_coef * mean of logsumexp(z)^2
+    LBL  = E * sum over experts i of f_i P_i    f_i: share of the choices that fell on i; P_i: i's mean probability
+
+f carries no gradient. What matters is the tokens f is counted over, `--balance`: within one micro-batch, often of one
+domain, every expert must serve every domain (what frameworks did for long); over all processes and micro-batches of an
+optimizer step (`global`), experts may each have a domain of their own. LBL is linear in P, so only the [layers, E]
+counts travel. It is 1 at balance and E / K where all tokens choose the same K experts; it is taken by layer, while
+transformers' pools all layers first and cannot see collapsed layers that make up for each other. transformers'
+router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm 1: weighted by
+tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py, grpo.py and
+eval.py read them. A token counts where its successor is trained: padding and the ends of documents never do.
+
+Dimensions: B rows · T tokens · S = T - 1 predicting positions · N = B S · C those that count · D model width ·
+E experts · K chosen · L layers · G groups of tokens that share one f · M domains.
+
+    python moe.py                     # 0.6 M parameters; code, documentation, sums; no network; about 3 minutes
+    python moe.py --upcycle Qwen/Qwen3-0.6B --num_experts 8 --domains a.jsonl,owner/dataset --output_dir runs/up \
+        --max_length 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 16 --n_train 0   # one GPU
+    torchrun --nproc-per-node 8 moe.py --fsdp ...     # several GPUs
+"""
+
+import contextlib
+import copy
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (AutoConfig, AutoTokenizer, HfArgumentParser, Qwen3ForCausalLM, Qwen3MoeConfig,
+                          Qwen3MoeForCausalLM)
+
+from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, generate, load_model, load_problems, new_figure,
+                  plot_runs, read_rows, save_figure, softcap, split_of)
+from kernels import linear_logps, moe_experts
+
+# --- config ---
+
+
+def flag(default, help):
+    """One command-line flag: its default and what it means."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    model_name_or_path: str = flag("tiny", "`tiny`: built from the sizes below; or a Qwen3-MoE, a folder or hub name")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
+    from_scratch: bool = flag(False, "draw new weights in the shape of model_name_or_path instead of loading them")
+    upcycle: str = flag("", "a dense Qwen3 whose feed-forward blocks become num_experts copies; empty: none")
+    reinit: float = flag(0.0, "`upcycle`: share of each expert's inner channels drawn anew (Drop-Upcycling: 0.5)")
+    hidden_size: int = flag(96, "`tiny`: model width; a multiple of 2 x num_attention_heads")
+    num_hidden_layers: int = flag(3, "`tiny`: layers")
+    num_attention_heads: int = flag(4, "`tiny`: attention heads")
+    num_experts: int = flag(16, "`tiny` and `upcycle`: experts a layer")
+    num_experts_per_tok: int = flag(2, "`tiny` and `upcycle`: experts chosen for each token")
+    moe_intermediate_size: int = flag(32, "`tiny`: inner width of an expert")
+    norm_topk_prob: bool = flag(True, "`tiny` and `upcycle`: weights of the chosen experts are scaled to sum to 1")
+    gate: str = flag("softmax", "softmax, or sigmoid as in DeepSeek-V3, which transformers' Qwen3-MoE cannot hold")
+    balance: str = flag("global", "where f is counted: micro, sequence, sync, global, exact, shuffle; or bias, none")
+    balance_coef: float = flag(0.01, "weight of the load-balancing loss, which is 1 at balance (the paper: 0.008)")
+    balance_rows: int = flag(0, "rows that share one f under `micro` and `shuffle`; 0: all rows of a forward")
+    balance_switch: str = flag("", "another --balance from a step on, such as micro@500; empty: never")
+    micro_fraction: float = flag(0.0, "adds `micro`'s loss at this fraction of balance_coef (the paper: 0.01)")
+    z_loss_coef: float = flag(0.001, "weight of the squared logsumexp of the router's logits (ST-MoE: 0.001)")
+    bias_rate: float = flag(0.001, "`bias`: step of the selection bias after each optimizer step")
+    bias_rule: str = flag("sign", "`bias`: sign of the missing load, or proportional to it")
+    domains: str = flag("code,docs,chain", "what to mix: code, docs, chain, synthetic:8, gsm8k, files, folders, hub "
+                        "names; each may have a weight, as in docs=2")
+    mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional or unimax")
+    unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often; the rest is shared evenly")
+    prompt_template: str = flag("{prompt}", "text around the prompts of problem sets, with {prompt} where it goes")
+    n_train: int = flag(1500, "rows of max_length tokens to read of each domain at most; 0: all there is")
+    output_dir: str = flag("runs/moe", "the run's folder: model, args.json, metrics.jsonl, curves.png, experts.png")
+    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
+    resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
+    per_device_train_batch_size: int = flag(16, "rows per process and forward: the micro-batch")
+    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
+    micro_batch_tokens: int = flag(0, "padded tokens in one forward at most, which cuts micro-batches; 0: no limit")
+    max_steps: int = flag(600, "optimizer steps")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 3e-4 above")
+    lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up")
+    warmup_steps: int = flag(20, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
+    max_length: int = flag(256, "tokens of a row; short documents share one, long ones are cut")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
+    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
+    logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
+    eval_steps: int = flag(300, "evaluate on held-out rows every so many steps and at the end; 0: never")
+    n_eval: int = flag(16, "held-out rows of each domain to evaluate on")
+    max_completion_length: int = flag(64, "tokens of the text sampled for each domain in evaluation")
+    save_steps: int = flag(100, "checkpoint every so many steps; 0: only when stopped and at the end")
+    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
+    seed: int = flag(0, "of weights, data and order")
+    report_to: str = flag("none", "none, or wandb")
+
+
+# --- loss ---
+
+
+def nll_loss(logps_BS, mask_BS, n_tokens):
+    """Negative log-likelihood in nats, summed over trained tokens / n_tokens, the count of the whole optimizer step."""
+    return -(logps_BS * mask_BS).sum() / n_tokens
+
+
+def gate_scores(logits, gate):
+    """The router's scores, in 0..1, in the logits' shape and type: softmax over the experts, or a sigmoid for each."""
+    return logits.softmax(-1) if gate == "softmax" else logits.sigmoid()
+
+
+def choose_experts(logits_NE, bias_E, k, gate, normalise):
+    """(ids_NK, weights_NK): the k experts with the highest score + bias; their weights are scores without the bias.
+
+    Source: the bias from Auxiliary-Loss-Free Load Balancing (2408.15664) eq. 3.
+    """
+    scores_NE = gate_scores(logits_NE, gate)
+    ids_NK = (scores_NE.detach() + bias_E).topk(k, -1).indices
+    weights_NK = scores_NE.gather(-1, ids_NK)
+    return ids_NK, weights_NK / weights_NK.sum(-1, keepdim=True) if normalise else weights_NK
+
+
+def members(group_N, mask_N, n_groups, like):
+    """Which tokens make up which group: member_GN, 1 or 0 in like's type; a token that mask_N leaves out is in none."""
+    return ((group_N == torch.arange(n_groups, device=group_N.device)[:, None]) & mask_N).to(like.dtype)
+
+
+def balance_loss(prob_sums_LGE, counts_LGE, n_tokens):
+    """E * sum_i f_i P_i by layer, [L], each group with its own f; 1 at balance, E / K at collapse.
+
+    prob_sums: the experts' probabilities summed over a group's tokens; counts: how often each was chosen, by whatever
+    tokens decide on f; n_tokens: of the whole optimizer step, so that groups, micro-batches and processes add up to a
+    mean weighted by tokens. Its gradient by a token's logits z, for a softmax p: E / n_tokens * p (f - <p, f>).
+    Source: Demons in the Detail (2501.11873) eq. 3; one group a document: DeepSeek-V3 (2412.19437) eq. 17-20.
+    """
+    f_LGE = counts_LGE.detach() / counts_LGE.detach().sum(-1, keepdim=True).clamp(min=1)
+    return counts_LGE.shape[-1] * (f_LGE * prob_sums_LGE).sum((1, 2)) / n_tokens
+
+
+def z_loss(logits_LNE, mask_N, n_tokens):
+    """The squared logsumexp of the router's logits by layer, [L], masked mean. Source: ST-MoE (2202.08906) eq. 5."""
+    return (logits_LNE.logsumexp(-1).square() * mask_N).sum(-1) / n_tokens
+
+
+def moved_bias(bias_LE, counts_LE, rate, rule):
+    """The selection bias after a step with these counts of all processes: up where an expert had less than the mean.
+
+    Centred: a constant chooses nothing, and it would drift. Source: 2408.15664, Algorithm 1; `proportional`: section 4.
+    """
+    missing_LE = 1 - counts_LE / counts_LE.mean(-1, keepdim=True).clamp(min=1e-9)
+    bias_LE = bias_LE + rate * (missing_LE.sign() if rule == "sign" else missing_LE)
+    return bias_LE - bias_LE.mean(-1, keepdim=True)
+
+
+# --- measures ---
+
+
+def max_violation(counts):
+    """The busiest expert's load over the mean load, minus 1; experts last. Source: MaxVio in 2408.15664."""
+    return counts.amax(-1) / counts.mean(-1).clamp(min=1e-9) - 1
+
+
+def mutual_information(counts_LME):
+    """I(expert; domain) in nats by layer, [L], every domain seen weighted alike; 0: experts know no domains.
+
+    >>> mutual_information(torch.tensor([[[5.0, 0.0], [0.0, 1.0]]])).exp()
+    tensor([2.])
+    """
+    counts_LME = counts_LME[:, counts_LME.sum((0, 2)) > 0]
+    q_LME = counts_LME / counts_LME.sum(-1, keepdim=True).clamp(min=1e-9)
+    mean_LE = q_LME.mean(1)
+    return torch.special.entr(mean_LE).sum(-1) - torch.special.entr(q_LME).sum(-1).mean(1)
+
+
+class Routing:
+    """What the router did, summed over forwards: the same measures for training steps and for evaluation."""
+
+    def __init__(self, n_layers, n_domains, n_experts, device):
+        sizes = [n_layers * n_domains * n_experts, n_layers * n_experts, n_domains, n_domains, 5]
+        self.all = torch.zeros(sum(sizes), dtype=torch.float64, device=device)  # the rest are views: one all-reduce
+        counts, probs, self.nll_M, self.tokens_M, self.sums = self.all.split(sizes)
+        self.counts_LME = counts.view(n_layers, n_domains, n_experts)
+        self.prob_sums_LE = probs.view(n_layers, n_experts)
+
+    @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def add(self, batch, logps_BS, logits_LNE, probs_LNE, chosen_LNE, member_GN):
+        """Adds one forward; member_GN: the groups of `micro`, whose losses and violations are measured in any case."""
+        mask_N = batch.mask_BS.flatten()
+        member_MN = members(batch.domain_N, mask_N, len(self.nll_M), probs_LNE)
+        self.counts_LME += member_MN @ chosen_LNE
+        self.prob_sums_LE += (probs_LNE * mask_N[:, None]).sum(1)
+        self.nll_M -= member_MN @ logps_BS.flatten()
+        self.tokens_M += member_MN.sum(-1)
+        counts_LGE = member_GN @ chosen_LNE
+        seen_G = counts_LGE[0].sum(-1) > 0
+        self.sums += torch.stack([balance_loss(member_GN @ probs_LNE, counts_LGE, 1).mean(),
+                                  (max_violation(counts_LGE).mean(0) * seen_G).sum(), seen_G.sum(),
+                                  ((probs_LNE * chosen_LNE).sum(-1) * mask_N).sum(-1).mean(),
+                                  z_loss(logits_LNE, mask_N, 1).mean()])
+
+    def metrics(self, names):
+        """Sums over all processes, then the numbers to log; names: of the domains."""
+        busiest, n_processes = self.counts_LME.sum(1).amax(), 1
+        if dist.is_initialized():
+            dist.all_reduce(self.all)
+            dist.all_reduce(busiest, dist.ReduceOp.MAX)
+            n_processes = dist.get_world_size()
+        loads_LE, n_tokens = self.counts_LME.sum(1), self.tokens_M.sum().clamp(min=1)
+        micro, violation, n_groups, top, z = self.sums
+        numbers = {"nll": self.nll_M.sum() / n_tokens,
+                   "balance/global": balance_loss(self.prob_sums_LE[:, None], loads_LE[:, None], n_tokens).mean(),
+                   "balance/micro": micro / n_tokens, "max_violation": max_violation(loads_LE).mean(),
+                   "max_violation_micro": violation / n_groups.clamp(min=1),
+                   "dead_experts": (loads_LE < 0.1 * loads_LE.mean(-1, keepdim=True)).double().mean(),
+                   "mutual_information": mutual_information(self.counts_LME).mean(),
+                   "top_k_sum": top / n_tokens, "z_loss": z / n_tokens,
+                   "time/rank_load": busiest * n_processes / loads_LE.mean().clamp(min=1e-9),
+                   **{f"nll/{name}": nll for name, nll in zip(names, self.nll_M / self.tokens_M)}}
+        values = torch.stack(list(numbers.values())).tolist()  # one wait for all
+        return {name: value for name, value in zip(numbers, values) if not math.isnan(value)}  # NaN: a domain not seen
+
+
+# --- data ---
+
+
+class Stream(NamedTuple):
+    """One domain's documents end to end, read in rows of `width` tokens."""
+
+    name: str
+    ids: np.ndarray  # int32, each document followed by the end-of-text token
+    positions: np.ndarray  # int32, from 0 in each document and in each row
+    width: int
+
+    def __len__(self):
+        return -(-len(self.ids) // self.width)
+
+    def row(self, i):
+        """(token ids, positions) of row i; only the last row may be shorter than `width`."""
+        part = slice(i * self.width, (i + 1) * self.width)
+        return self.ids[part], self.positions[part]
+
+
+def parse_domains(text):
+    """{name: weight, or None where none is given}; `synthetic:3` stands for three domains.
+
+    >>> parse_domains("docs=2,synthetic:2=1")
+    {'docs': 2.0, 'synthetic:0': 1.0, 'synthetic:1': 1.0}
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition("=")
+        try:
+            weight = float(weight) if weight else None
+            names = [f"synthetic:{i}" for i in range(int(name[10:]))] if name.startswith("synthetic:") else [name]
+        except ValueError as error:
+            raise InputError(f"--domains {part}: a number must follow") from error
+        if weight is not None and not 0 < weight < math.inf:
+            raise InputError(f"--domains {part}: a weight must be above 0")
+        found.update({name: weight for name in names})
+    if not found or (None in found.values() and any(found.values())):
+        raise InputError(f"--domains {text}: names one domain at least, and weights for all of them or for none")
+    return found
+
+
+def cut_text(text):
+    """The text in pieces that end where lines end, 50 or of 10,000 characters, so that some can be held out."""
+    pieces, size = [""], min(10_000, len(text) // 50)
+    for line in text.splitlines(keepends=True):
+        if len(pieces[-1]) + len(line) > size and pieces[-1]:
+            pieces.append("")
+        pieces[-1] += line
+    return pieces
+
+
+def text_documents(name):
+    """All documents of a domain of text: a built-in one, text files by path or pattern, a data file, a hub data set."""
+    if name == "docs":
+        return [topics[topic] for topic in sorted(topics)]
+    if name == "code":
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = [file for file in sorted(library.rglob("*.py"))
+                 if not {"site-packages", "test", "tests", "pydoc_data"} & set(file.relative_to(library).parts)]
+        return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    files = [Path(file) for file in sorted(glob.glob(os.path.expanduser(name), recursive=True))]
+    if files and not any(file.is_dir() or file.suffix in SUFFIXES for file in files):
+        return [piece for file in files for piece in cut_text(file.read_text(encoding="utf-8", errors="replace"))]
+    rows = read_rows(name)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"--domains {name}: row {number} has no column `text` with text in it")
+    return [row["text"] for row in rows]
+
+
+def documents(name, split, n_tokens, config):
+    """The documents of a domain's split, as texts, in an order that the seed decides; enough for n_tokens (0: all).
+
+    Texts are held out by a hash of what they say, 1 in 10; problem sets have splits of their own.
+    """
+    if name.startswith("synthetic:"):
+        return synthetic_texts(int(name[10:]), split, n_tokens // config.max_length or 4096, config)
+    if name == "chain" or name in BENCHMARKS or name.startswith("reasoning_gym:"):
+        split = "test" if split == "validation" and name != "chain" else split
+        problems = load_problems(name, split, n_tokens // 16 or None, config.seed,
+                                 prompt_template=config.prompt_template)
+        return [f"{problem.prompt}{problem.solution or problem.answer}" for problem in problems]
+    texts = [text for text in text_documents(name) if (split_of(text) == "validation") == (split == "validation")]
+    return [texts[i] for i in np.random.default_rng([config.seed, 1]).permutation(len(texts))]
+
+
+def synthetic_texts(domain, split, n, config):
+    """n texts of max_length symbols of one synthetic language: each symbol has 4 successors, as likely as .55 to .05.
+
+    The first symbol names the domain. Nobody can do better than 1.1097 nats a symbol. The language depends on --seed.
+    """
+    symbols, width = np.array([chr(33 + i) for i in range(64)]), config.max_length
+    rng = np.random.default_rng([config.seed, domain])
+    next_XK = np.array([rng.choice(64, 4, replace=False) for _ in range(64)])
+    rng = np.random.default_rng([config.seed, domain, 1 + (split == "train")])
+    choices_RT = rng.choice(4, size=(n, width), p=[0.55, 0.25, 0.15, 0.05])
+    found_RT = np.zeros((n, width), dtype=int)
+    found_RT[:, 0], found_RT[:, 1] = domain, rng.integers(64, size=n)
+    for t in range(2, width):
+        found_RT[:, t] = next_XK[found_RT[:, t - 1], choices_RT[:, t]]
+    return ["".join(row) for row in symbols[found_RT]]
+
+
+def make_stream(name, split, n_rows, tokenizer, config):
+    """The Stream of a domain's split, n_rows rows at most (0: all). InputError where there is no text at all."""
+    n_tokens, ids, positions = n_rows * config.max_length, [], []
+    end = [] if name.startswith("synthetic:") else [tokenizer.eos_token_id]  # its texts fill their rows
+    for text in documents(name, split, n_tokens, config):
+        ids += tokenizer(text, add_special_tokens=False).input_ids + end
+        positions += range(len(ids) - len(positions))
+        if n_tokens and len(ids) >= n_tokens:
+            break
+    if len(ids) < 2:
+        raise InputError(f"--domains {name}: holds no text for the {split} split")
+    ids, positions = (np.array(values[: n_tokens or None], dtype=np.int32) for values in (ids, positions))
+    offset = np.arange(len(ids)) % config.max_length
+    return Stream(name, ids, np.minimum(positions, offset), config.max_length)
+
+
+def mixture_weights(sizes, mixture, budget, epochs):
+    """The shares at which domains of these sizes are drawn, summing to 1; budget: rows that will be drawn in all.
+
+    `unimax` shares the budget evenly, but passes over no domain more than `epochs` times, smallest domains first.
+    Source: UniMax (2304.09151), Algorithm 1.
+    >>> mixture_weights([10, 100, 1000], "unimax", 300, 4).tolist()
+    [0.13333333333333333, 0.43333333333333335, 0.43333333333333335]
+    """
+    sizes, rows, left = np.array(sizes, dtype=float), np.zeros(len(sizes)), float(budget)
+    if mixture != "unimax":
+        rows = np.ones(len(sizes)) if mixture == "uniform" else sizes
+    for done, i in enumerate(np.argsort(sizes) if mixture == "unimax" else []):
+        rows[i] = min(left / (len(sizes) - done), epochs * sizes[i])
+        left -= rows[i]
+    return rows / rows.sum()
+
+
+def plan_rows(sizes, weights, n_rows, seed):
+    """The (domain, row) of each row of the whole run, [n_rows, 2]: a function of the seed, so a resumed run needs none.
+
+    Domains are drawn by their weights; each domain's rows come in a new order for every pass.
+    """
+    rng = np.random.default_rng([seed, 2])
+    plan = np.zeros((n_rows, 2), dtype=np.int64)
+    plan[:, 0] = rng.choice(len(sizes), size=n_rows, p=weights)
+    for domain, size in enumerate(sizes):
+        where = np.flatnonzero(plan[:, 0] == domain)
+        passes = [rng.permutation(size) for _ in range(-(-len(where) // size))]
+        plan[where, 1] = np.concatenate(passes)[: len(where)] if passes else []
+    return plan
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
+
+
+class RowBatch(NamedTuple):
+    """The tensors of one forward."""
+
+    ids_BT: torch.Tensor  # token ids, right-padded with 0
+    positions_BT: torch.Tensor | None  # in the document; None where every row is one document: the fast way
+    mask_BS: torch.Tensor  # bool: does position s count? Its successor is of the same document, and no padding
+    where_C: torch.Tensor  # the true places of mask_BS, flattened
+    domain_N: torch.Tensor  # the domain of each position, flattened
+    document_N: torch.Tensor  # the document of each position, flattened, from 0
+    n_documents: int
+
+
+def collate_rows(streams, picks, device):
+    """One forward's tensors from (domain, row) pairs; no pair at all gives one that trains nothing."""
+    rows = [streams[domain].row(row) for domain, row in picks] or [([0, 0], [0, 0])]
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT, positions_BT = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for b, (ids, positions) in enumerate(rows):
+        ids_BT[b, : len(ids)], positions_BT[b, : len(ids)] = torch.as_tensor(ids), torch.as_tensor(positions)
+    mask_BS, starts_BS = positions_BT[:, 1:] > 0, positions_BT[:, :-1] == 0
+    packed = bool((starts_BS & mask_BS)[:, 1:].any())  # a document begins inside a row
+    document_N = starts_BS.flatten().cumsum(0) - 1
+    domain_N = torch.tensor([domain for domain, _ in picks] or [0]).repeat_interleave(width - 1)
+    where_C = mask_BS.flatten().nonzero()[:, 0]
+    ids_BT, mask_BS, where_C, domain_N = (x.to(device) for x in (ids_BT, mask_BS, where_C, domain_N))
+    return RowBatch(ids_BT, positions_BT.to(device) if packed else None, mask_BS, where_C, domain_N,
+                    document_N.to(device), int(document_N[-1]) + 1)
+
+
+# --- model ---
+
+
+class Router(nn.Module):
+    """Logits of all experts, [N, E], in float32 whatever the model's precision (float64 for float64)."""
+
+    def __init__(self, weight_ED):
+        super().__init__()
+        self.weight = weight_ED
+
+    def forward(self, x_ND):
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(wide), self.weight.to(wide))
+
+
+class MoE(nn.Module):
+    """A layer of experts on the parameters, and under the names, of a transformers' Qwen3-MoE block."""
+
+    def __init__(self, block, k, normalise, gate):
+        super().__init__()
+        self.gate, self.experts = Router(block.gate.weight), block.experts
+        self.k, self.normalise, self.kind, self.routed = k, normalise, gate, None
+        bias_E = torch.zeros(len(block.gate.weight))
+        self.register_buffer("bias_E", bias_E, persistent=False)  # Qwen3-MoE has no place for it: saved beside
+
+    def forward(self, x_BSD):
+        """The chosen experts' outputs, weighted; (logits_NE, ids_NK) stay in `routed` until they are taken."""
+        x_ND = x_BSD.flatten(0, 1)
+        logits_NE = self.gate(x_ND)
+        ids_NK, weights_NK = choose_experts(logits_NE, self.bias_E, self.k, self.kind, self.normalise)
+        self.routed = logits_NE, ids_NK
+        experts = self.experts
+        return moe_experts(x_ND, ids_NK, weights_NK, experts.gate_up_proj, experts.down_proj).view_as(x_BSD)
+
+
+def moe_layers(model):
+    """The MoE layers of a model, first to last."""
+    return [layer.mlp for layer in model.base_model.layers if isinstance(layer.mlp, MoE)]
+
+
+def install_layers(model, gate):
+    """The model with MoE in the place of each of transformers' blocks; the parameters stay the same objects."""
+    for layer in model.base_model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp = MoE(layer.mlp, model.config.num_experts_per_tok, model.config.norm_topk_prob, gate)
+    return model
+
+
+def set_bias(model, bias_LE):
+    """Gives every layer its selection bias."""
+    for layer, bias_E in zip(moe_layers(model), bias_LE, strict=True):
+        layer.bias_E.copy_(bias_E)
+
+
+class RoutedPolicy(nn.Module):
+    """A causal language model whose forward gives log-probs and the routing, so that DDP and FSDP see all it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        """(log-probs of the next tokens logps_BS, 0 where none counts; router's logits_LNE; chosen ids_LNK)."""
+        positions_BS = None if batch.positions_BT is None else batch.positions_BT[:, :-1]
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], position_ids=positions_BS,
+                                           use_cache=False).last_hidden_state
+        routed = [layer.routed for layer in moe_layers(self.model)]
+        for layer in moe_layers(self.model):
+            layer.routed = None  # or it would keep the graph
+        hidden_CD, targets_C = hidden_BSD.flatten(0, 1)[batch.where_C], batch.ids_BT[:, 1:].flatten()[batch.where_C]
+        logps_C, _ = linear_logps(hidden_CD, self.model.get_output_embeddings().weight, targets_C, entropy=False,
+                                  softcap=softcap(self.model))
+        logps_N = logps_C.new_zeros(batch.mask_BS.numel()).index_copy(0, batch.where_C, logps_C)
+        logits_LNE, ids_LNK = (torch.stack(parts) for parts in zip(*routed))
+        return logps_N.view_as(batch.mask_BS), logits_LNE, ids_LNK
+
+
+def new_model(shape, seed):
+    """A Qwen3-MoE with random weights: experts and router normal(0, 0.02), as transformers draws them."""
+    if not isinstance(shape, Qwen3MoeConfig):
+        raise InputError(f"--from_scratch: model_name_or_path is a {shape.model_type}, not a Qwen3-MoE")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3MoeForCausalLM(shape)
+
+
+def tiny_model(config):
+    """The model of the size flags and its character tokenizer."""
+    tokenizer = char_tokenizer()
+    head_dim = config.hidden_size // config.num_attention_heads
+    shape = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_attention_heads,
+        head_dim=head_dim, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
+        moe_intermediate_size=config.moe_intermediate_size, norm_topk_prob=config.norm_topk_prob,
+        max_position_embeddings=max(1024, config.max_length), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    return new_model(shape, config.seed), tokenizer
+
+
+def upcycle(dense, config):
+    """A Qwen3-MoE that computes what the dense Qwen3 computes, whatever the router says: every expert is a copy.
+
+    That needs weights that sum to 1 (--norm_topk_prob). --reinit draws that share of each expert's inner channels anew,
+    from a normal distribution with the dense matrix's mean and deviation. Source: Sparse Upcycling (2212.05055);
+    Drop-Upcycling (2502.19261) section 3.
+    """
+    inner = dense.config.intermediate_size
+    shape = {name: getattr(dense.config, name) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+        "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id", "pad_token_id")}
+    model = new_model(Qwen3MoeConfig(**shape, num_experts=config.num_experts, moe_intermediate_size=inner,
+                                     num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=True), config.seed)
+    rng = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        found = dict(dense.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter.copy_(found[name])
+        for experts, mlp in zip((layer.mlp.experts for layer in model.model.layers),
+                                (layer.mlp for layer in dense.model.layers)):
+            gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+            experts.gate_up_proj.copy_(torch.cat([gate, up]).expand_as(experts.gate_up_proj))
+            experts.down_proj.copy_(down.expand_as(experts.down_proj))
+            for expert in range(config.num_experts):
+                channels = torch.randperm(inner, generator=rng)[: round(config.reinit * inner)]
+                for rows, weight in ((experts.gate_up_proj[expert, :inner], gate),
+                                     (experts.gate_up_proj[expert, inner:], up), (experts.down_proj[expert].T, down)):
+                    drawn = torch.randn(len(channels), rows.shape[1], generator=rng)
+                    rows[channels] = (drawn * weight.std() + weight.mean()).to(rows.dtype)
+    model.generation_config.eos_token_id = dense.generation_config.eos_token_id
+    return model
+
+
+def load_start(config, resume):
+    """The Qwen3-MoE to train, its layers ours, and its tokenizer: from the checkpoint, or as the flags say."""
+    name, router = config.upcycle or config.model_name_or_path, {}
+    if resume and not config.fsdp:
+        model, tokenizer = load_model(str(resume), chat_template=config.chat_template)
+    elif name == "tiny":
+        model, tokenizer = tiny_model(config)
+    elif config.from_scratch:
+        model, tokenizer = new_model(AutoConfig.from_pretrained(name), config.seed), AutoTokenizer.from_pretrained(name)
+    else:
+        model, tokenizer = load_model(name, chat_template=config.chat_template)
+        beside = Path(name) / "router.json"
+        router = json.loads(beside.read_text()) if beside.is_file() else {}
+    if config.upcycle and (config.fsdp or not resume):
+        if not isinstance(model, Qwen3ForCausalLM) or model.config.use_sliding_window:
+            raise InputError(f"--upcycle {name}: is a {type(model).__name__}, not a dense Qwen3 with full attention")
+        model = upcycle(model, config)
+    if not isinstance(model, Qwen3MoeForCausalLM):
+        raise InputError(f"--model_name_or_path {name}: is a {type(model).__name__}, not a Qwen3-MoE")
+    if router.get("gate", config.gate) != config.gate:
+        raise InputError(f"--gate {config.gate}: {name} was trained with {router['gate']}")
+    model = install_layers(model, config.gate)
+    if router:
+        set_bias(model, torch.tensor(router["bias_LE"]))
+    return model, tokenizer
+
+
+class World(NamedTuple):
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(config):
+    """Joins the processes that torchrun started, or stands alone."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or config.fsdp:
+        store = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=config.ddp_timeout), **store)
+    return World(rank, size, device)
+
+
+def barrier():
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values, world):
+    """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def on_rank_0(function, world):
+    """What function() returns on rank 0, or raises there as InputError, on every process."""
+    outcome = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def distribute_routed(model, config, world):
+    """The RoutedPolicy of `model` on this process's device: plain, in DDP, or sharded (FSDP2), routers in float32."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = model.train().to(world.device)
+    for layer in moe_layers(model) if config.fsdp else []:
+        fully_shard(layer.gate, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    policy = shard(RoutedPolicy(model), config)
+    ddp = world.size > 1 and not config.fsdp
+    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
+
+
+def shard(policy, config):
+    """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
+    if config.fsdp:
+        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
+        for layer in policy.model.base_model.layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+@contextlib.contextmanager
+def forward_only(policy, config, world):
+    """For forwards that no backward follows: no gradients, evaluation mode, and the precision of training."""
+    policy.eval()
+    with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+        yield
+    policy.train()
+    if config.fsdp:
+        policy.reshard()  # a backward would have given the gathered weights back
+
+
+def unwrap(policy):
+    """The Policy inside DDP; never for a forward whose gradient is wanted, which must go through the wrapper."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def make_decoder(model, config):
+    """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
+    if not config.fsdp and not torch.cuda.is_available():
+        return model
+    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(decoder, policy):
+    """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
+    check_weights(policy)
+    for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
+        if target is not source:
+            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def check_weights(policy):
+    """Raises RunError, on every process, where a weight is not finite: such a policy is neither sampled nor saved."""
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in policy.parameters()]
+    total = sum(part.detach().sum() for part in parts)  # finite only if every term is
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    if not total.isfinite():
+        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
+
+
+def make_optimizer(policy, config):
+    """AdamW; decay on matrices only. Its learning rate is set at each step."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def scheduled_rate(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
+
+    The first step already moves (transformers' own schedules spend it at rate 0).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def train_step(policy, optimizer, batches, loss_of, step, config, world):
+    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
+
+    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
+    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
+    finite, nothing moves: neither the weights nor the optimizer.
+    """
+    sums = {"loss": 0.0}
+    for i, batch in enumerate(batches):
+        waits = isinstance(policy, DistributedDataParallel) and i < len(batches) - 1  # gradients travel once a step
+        with policy.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+                loss, numbers = loss_of(policy, batch)
+            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the sum is meant
+        for name, value in {"loss": loss.detach(), **numbers}.items():
+            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, config)
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers, taken
+
+
+# --- balance ---
+
+
+def all_reduced(tensor):
+    """The tensor summed over all processes; its argument is left alone."""
+    tensor = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class Balance:
+    """The loss of one optimizer step, and the counts it rests on. f comes from:
+
+    micro      the rows of a forward, or every --balance_rows of them: what frameworks did for long
+    sequence   each document by itself: DeepSeek-V3's complement
+    sync       the forwards that all processes do at the same time
+    global     those and all before them in the optimizer step: the paper's buffer, its Algorithm 1
+    exact      the whole step, counted in a forward pass of its own: what `global` approaches; for tests
+    shuffle    as many tokens as under micro, but drawn from the whole step: the paper's control; counted as exact is
+    bias, none    nothing: no such loss
+    """
+
+    def __init__(self, policy, names, config, world):
+        self.model, self.names, self.config, self.world = unwrap(policy).model, names, config, world
+        self.layers, self.n_experts = moe_layers(self.model), self.model.config.num_experts
+
+    def begin(self, step, policy, batches, n_tokens):
+        """Before an optimizer step: empties the buffers, and counts in advance where the scope wants it."""
+        config = self.config
+        then, _, since = config.balance_switch.partition("@")
+        self.scope = then if then and step >= int(since) else config.balance
+        self.n_tokens = n_tokens
+        self.routing = self.new_routing()
+        self.buffer_L1E = torch.zeros(len(self.layers), 1, self.n_experts, device=self.world.device)
+        if self.scope in ("exact", "shuffle"):
+            with forward_only(policy, config, self.world):
+                ids_LCK = torch.cat([policy(batch)[2][:, batch.where_C] for batch in batches], 1)
+            if self.scope == "exact":
+                self.buffer_L1E = all_reduced(self.chosen(ids_LCK).sum(1, keepdim=True))
+            else:
+                self.pool_LCK = self.shuffled(ids_LCK, step)
+
+    def shuffled(self, ids_LCK, step):
+        """This process's share of the choices of the step's tokens, of all processes, in random order."""
+        parts = [ids_LCK.cpu()]
+        if dist.is_initialized():
+            parts = [None] * self.world.size
+            dist.all_gather_object(parts, ids_LCK.cpu())
+        first, whole = sum(part.shape[1] for part in parts[: self.world.rank]), torch.cat(parts, 1)
+        rng = torch.Generator().manual_seed(hash((self.config.seed, step)))
+        order = torch.randperm(whole.shape[1], generator=rng)
+        return whole[:, order[first : first + ids_LCK.shape[1]]].to(ids_LCK.device)
+
+    def chosen(self, ids_LNK):
+        """1.0 at each expert a token has chosen, else 0.0: [L, N, E]."""
+        L, N, _ = ids_LNK.shape
+        return torch.zeros(L, N, self.n_experts, device=ids_LNK.device).scatter_(-1, ids_LNK, 1.0)
+
+    def new_routing(self):
+        """An empty Routing for this model and these domains."""
+        return Routing(len(self.layers), len(self.names), self.n_experts, self.world.device)
+
+    def group_counts(self, batch, chosen_LNE, micro_GN):
+        """(counts_LGE that f comes from, member_GN: the tokens it is for) in this step's scope."""
+        mask_N = batch.mask_BS.flatten()
+        if self.scope == "micro":
+            return micro_GN @ chosen_LNE, micro_GN
+        if self.scope == "sequence":
+            member_GN = members(batch.document_N, mask_N, batch.n_documents, chosen_LNE)
+            return member_GN @ chosen_LNE, member_GN
+        if self.scope == "shuffle":  # the groups keep their sizes and get other tokens
+            C = len(batch.where_C)
+            mine_LCK, self.pool_LCK = self.pool_LCK[:, :C], self.pool_LCK[:, C:]
+            return micro_GN[:, batch.where_C] @ self.chosen(mine_LCK).to(chosen_LNE.dtype), micro_GN
+        whole_1N = mask_N[None].to(chosen_LNE.dtype)
+        if self.scope == "sync":
+            return all_reduced(whole_1N @ chosen_LNE), whole_1N
+        if self.scope == "global":
+            self.buffer_L1E = self.buffer_L1E + all_reduced(whole_1N @ chosen_LNE)
+        return self.buffer_L1E.to(chosen_LNE.dtype), whole_1N
+
+    def measure(self, policy, batch, routing):
+        """One forward, added to `routing`: (logps_BS, logits_LNE, probs_LNE, chosen_LNE, member_GN of `micro`)."""
+        logps_BS, logits_LNE, ids_LNK = policy(batch)
+        scores_LNE = gate_scores(logits_LNE, self.config.gate)
+        probs_LNE = scores_LNE / scores_LNE.sum(-1, keepdim=True)  # a softmax's sum is 1 already
+        (B, S), mask_N = batch.mask_BS.shape, batch.mask_BS.flatten()
+        row_N = torch.arange(B, device=mask_N.device).repeat_interleave(S)
+        size = self.config.balance_rows or B
+        micro_GN = members(row_N // size, mask_N, -(-B // size), probs_LNE)
+        found = logps_BS, logits_LNE, probs_LNE, self.chosen(ids_LNK).to(probs_LNE.dtype), micro_GN
+        routing.add(batch, *found)
+        return found
+
+    def loss_of(self, policy, batch):
+        """The loss of one forward, as train_step wants it."""
+        config, n_tokens = self.config, self.n_tokens
+        logps_BS, logits_LNE, probs_LNE, chosen_LNE, micro_GN = self.measure(policy, batch, self.routing)
+        loss = nll_loss(logps_BS, batch.mask_BS, n_tokens)
+        with torch.autocast(self.world.device.type, enabled=False):  # a count in bfloat16 would stop at 256
+            if self.scope not in ("bias", "none"):
+                counts_LGE, member_GN = self.group_counts(batch, chosen_LNE, micro_GN)
+                found_L = balance_loss(member_GN @ probs_LNE, counts_LGE, n_tokens)
+                if config.micro_fraction:
+                    local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
+                    found_L = found_L + config.micro_fraction * local_L
+                loss = loss + config.balance_coef * found_L.mean()
+            if config.z_loss_coef:
+                loss = loss + config.z_loss_coef * z_loss(logits_LNE, batch.mask_BS.flatten(), n_tokens).mean()
+        return loss, {}
+
+    def end(self, taken):
+        """After the step: the numbers to log; under `bias`, the bias moves, once and by the counts of all processes."""
+        numbers = self.routing.metrics(self.names)
+        if self.scope == "bias" and taken:
+            bias_LE = torch.stack([layer.bias_E for layer in self.layers])
+            loads_LE = self.routing.counts_LME.sum(1).float()
+            set_bias(self.model, moved_bias(bias_LE, loads_LE, self.config.bias_rate, self.config.bias_rule))
+        return numbers
+
+
+# --- run ---
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why. Scripts print it and exit with 1; the last checkpoint is whole."""
+
+
+def write_json(path, value):
+    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append_line(path, value):
+    """Adds one JSON line to a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Has the system write a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint, in words, or None: every file must have the size and hash of the manifest."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
+
+
+def newest_checkpoint(run):
+    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
+    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+    for checkpoint in found:
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"{checkpoint}: {fault}; falling back to the checkpoint before it", file=sys.stderr)
+    if found:
+        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
+    return None
+
+
+def weight_tensors(policy):
+    """The policy's weights by name, sharing their memory."""
+    return {name: parameter.detach() for name, parameter in unwrap(policy).named_parameters()}
+
+
+def optimizer_tensors(policy, optimizer):
+    """The optimizer's state as a flat dict of tensors, `parameter name.state name`; zeros where it has not begun."""
+    tensors = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                             exp_avg_sq=torch.zeros_like(parameter))
+            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
+    return tensors
+
+
+def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors=None):
+    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two.
+
+    `state` is a dict for JSON with its "step"; `tensors` whatever else must survive. Everything is written under
+    another name, synced, listed in a manifest with sizes and hashes, and renamed. Without --fsdp the folder is also
+    a model that from_pretrained loads. Raises RunError where the disk does not take it; older ones stay.
+    """
+    final = run / "checkpoints" / f"step_{state['step']}"
+    aside = final.with_name(final.name + ".tmp")
+    check_weights(policy)
+    try:
+        if world.rank == 0:
+            for left in final.parent.glob("*.tmp"):  # by a save that was killed
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+        barrier()
+        if config.fsdp:
+            shards = {**weight_tensors(policy), **optimizer_tensors(policy, optimizer)}
+            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(aside / "shards"), save_distributed=True))
+        if world.rank == 0:
+            model = unwrap(policy).model
+            if config.fsdp:
+                model.config.save_pretrained(aside)
+            else:
+                model.save_pretrained(aside)
+                save_file(optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
+            tokenizer.save_pretrained(aside)
+            save_file(tensors or {}, aside / "tensors.safetensors")
+            write_json(aside / "state.json", state)
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            for path in files:
+                sync(path)
+            write_json(aside / "manifest.json",
+                       {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
+            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            os.rename(aside, final)
+            sync(final.parent)
+            older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
+            keep = max((step for step in older if step < state["step"]), default=None)
+            for step in set(older) - {keep}:  # later ones belong to a course that was given up
+                shutil.rmtree(older[step])
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
+                       "kept, and the same command continues from them") from error
+    barrier()
+
+
+def load_checkpoint(checkpoint, policy, optimizer, config):
+    """Brings the optimizer (and under FSDP the weights) back, in place: (state, tensors) as they were saved."""
+    saved = optimizer_tensors(policy, optimizer)
+    if config.fsdp:
+        shards = {**weight_tensors(policy), **saved}
+        dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(checkpoint / "shards")))
+    else:
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            saved[name].copy_(tensor)
+    return json.loads((checkpoint / "state.json").read_text()), load_file(checkpoint / "tensors.safetensors")
+
+
+FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+              "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
+              "per_device_train_batch_size", "gradient_accumulation_steps"}  # may change when a run is continued
+
+
+def open_run(config, args):
+    """Looks at --output_dir before any long work: (the checkpoint to continue from or None, is the run finished?).
+
+    An unfinished run with the same flags is continued; anything else found in the folder raises InputError.
+    """
+    run = Path(config.output_dir)
+    model = Path(config.model_name_or_path).resolve()
+    if run.resolve() in (model, *model.parents):
+        raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
+    chosen = None if config.resume_from_checkpoint == "auto" else Path(config.resume_from_checkpoint)
+    if chosen and (fault := "--overwrite deletes it" if config.overwrite else fault_of(chosen)):
+        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
+    if config.overwrite and (run / "args.json").is_file():
+        for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+        if chosen:
+            raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
+        return None, False
+    if not (run / "args.json").is_file():
+        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
+    try:
+        before = json.loads((run / "args.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
+    for name in ("script", "rows_per_step"):
+        if before[name] != args[name]:
+            raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
+                             "--overwrite deletes it")
+    for name, value in args["flags"].items():
+        if name not in FREE_FLAGS and before["flags"].get(name) != value:
+            raise InputError(f"--{name} {value}: the run in --output_dir {run} has {before['flags'].get(name)}; "
+                             "--overwrite deletes it")
+    if before["finished"]:
+        print(f"{run}: finished already; --overwrite starts over")
+        return None, True
+    return chosen or newest_checkpoint(run), False
+
+
+def run_args(config, world):
+    """What args.json says: every flag, and all else one needs to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "git_commit": git.stdout.strip() or None, "finished": False}
+
+
+def begin_run(config, world, resume, args, data):
+    """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
+
+    `data` is hashed, so that a run is never continued on other data: InputError.
+    """
+    run, digest = Path(config.output_dir), hashlib.sha256(repr(data).encode()).hexdigest()
+    if world.rank != 0:
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        write_json(run / "args.json", {**args, "data_sha256": digest})
+    elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
+        raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
+                         "over")
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
+            path.with_suffix(".tmp").write_text("".join(lines))
+            os.replace(path.with_suffix(".tmp"), path)
+    print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
+    return run
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+
+    def agreed(self, world):
+        """The signal any process has received, the same on all of them; 0 for none."""
+        number = torch.tensor(self.number, device=world.device)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+class Log:
+    """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
+
+    def __init__(self, run, config, world):
+        self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
+        self.began, self.steps_done = time.perf_counter(), 0
+        if self.active and config.report_to == "wandb":
+            import wandb
+            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=asdict(config),
+                                    id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12], resume="allow")
+
+    def step(self, step, numbers, show, tokens, seconds):
+        """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
+        repeatable from run to run; all others are."""
+        self.steps_done += 1
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                "time/peak_memory_gb": memory / 2**30}
+        append_line(self.path, line)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        if step % self.config.logging_steps == 0 or step == self.config.max_steps:
+            mean = (time.perf_counter() - self.began) / self.steps_done
+            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
+            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
+                  f"{mean:.2f} s/step  eta {left}", flush=True)
+
+
+def peak_rss():
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def end_run(run, policy, tokenizer, world):
+    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
+    model = unwrap(policy).model
+    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()
+               if isinstance(parameter, DTensor)} or None
+    if world.rank == 0:
+        aside = run / "export.tmp"
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            os.replace(path, run / path.name)
+        aside.rmdir()
+        plot_runs([run], run / "curves.png")
+        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+    barrier()
+
+
+def check_frame(config):
+    """Raises InputError for flags that every script has and that cannot be meant."""
+    choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
+               "report_to": ("none", "wandb")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
+              "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
+              "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
+              "eval_steps": 0, "n_train": 0, "seed": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    if "{prompt}" not in config.prompt_template:
+        raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
+
+
+def note_step(run, state, taken, rows, config, world):
+    """Counts the step; one not taken is written down with its rows. RunError after --max_bad_steps in a row."""
+    state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
+    if taken:
+        return
+    if world.rank == 0:
+        append_line(run / "bad_steps.jsonl", {"step": state["step"], "rows": rows})
+        print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
+              f"{run / 'bad_steps.jsonl'}", file=sys.stderr)
+    if state["bad_steps"] >= config.max_bad_steps:
+        raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
+                       "(--max_bad_steps); the weights are those of the last good step")
+
+
+def fill_learning_rate(config, model, small, large):
+    """Settles --learning_rate 0: `small` for a model under 10 M parameters, else `large`."""
+    config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
+
+
+def read_config(Config):
+    """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                              formatter_class=RawDescriptionHelpFormatter)
+
+    def fail(message):  # argparse would print the usage too
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    return config
+
+
+def launch(main, Config):
+    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped."""
+    code = 0
+    try:
+        main(read_config(Config))
+    except (InputError, RunError, OSError, SafetensorError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# --- evaluation ---
+
+
+def evaluate_routing(run, step, policy, balance, streams, config, world):
+    """The measures of training on held-out rows of every domain: numbers to log under eval/; counts to experts.json."""
+    picks = [(domain, row) for domain, stream in enumerate(streams) for row in range(min(config.n_eval, len(stream)))]
+    parts = micro_batches([len(streams[domain].row(row)[0]) for domain, row in picks],
+                          config.per_device_train_batch_size, config.micro_batch_tokens, world)
+    routing = balance.new_routing()
+    with forward_only(policy, config, world):
+        for part in parts:
+            balance.measure(policy, collate_rows(streams, [picks[i] for i in part], world.device), routing)
+    numbers = routing.metrics(balance.names)
+    if world.rank == 0:
+        counts = routing.counts_LME.tolist()
+        write_json(run / "experts.json", {"step": step, "domains": balance.names, "counts_LME": counts})
+    return {f"eval/{name}": value for name, value in numbers.items() if not name.startswith("time/")}
+
+
+def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
+    """Adds to samples.jsonl how the model continues a held-out row of each domain, greedily."""
+    refresh(decoder, policy)
+    set_bias(decoder, [layer.bias_E for layer in moe_layers(unwrap(policy).model)])
+    if world.rank == 0:
+        prompts = [stream.row(0)[0][: max(1, min(64, len(stream.row(0)[0]) // 2))].tolist() for stream in streams]
+        rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
+        for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
+            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": tokenizer.decode(prompt),
+                                                "completion": text})
+    for layer in moe_layers(decoder):
+        layer.routed = None
+    barrier()
+
+
+def draw_experts(counts_LME, names, labels, path):
+    """A heat map for each layer, labels above: the share of each domain's choices (down) that fall on each expert."""
+    shares_LME = counts_LME / counts_LME.sum(-1, keepdims=True).clip(1)
+    figure, axes = new_figure(len(shares_LME), n_columns=2)
+    for layer, (axis, shares_ME) in enumerate(zip(axes, shares_LME)):
+        image = axis.imshow(shares_ME, aspect="auto", cmap="viridis", vmin=0, vmax=shares_LME.max())
+        information = float(mutual_information(torch.as_tensor(counts_LME[layer : layer + 1])))
+        axis.set_title(f"{labels[layer]}: I(expert; domain) {information:.3f}", loc="left", fontsize=10)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_xticks(range(0, shares_ME.shape[1], -(-shares_ME.shape[1] // 8)))
+        axis.grid(False)
+    for axis in axes[-2:]:
+        axis.set_xlabel("expert")
+    figure.colorbar(image, ax=axes, shrink=0.7, label=f"share of choices (even: {1 / shares_LME.shape[-1]:.3f})")
+    save_figure(figure, path)
+
+
+def save_router(run, policy, streams, config, world):
+    """Writes router.json where the router is more than Qwen3-MoE holds, and says what the checkpoint loses without.
+
+    Measured as other programs will run it, with a softmax and no bias, on the first row of each domain.
+    """
+    layers = moe_layers(unwrap(policy).model)
+    bias_LE = torch.stack([layer.bias_E for layer in layers])
+    if config.gate == "softmax" and not bias_LE.any():
+        return
+    batch = collate_rows(streams, [(domain, 0) for domain in range(len(streams))], world.device)
+    with forward_only(policy, config, world):
+        whole_BS = policy(batch)[0]
+        for layer in layers:
+            layer.kind = "softmax"
+            layer.bias_E.zero_()
+        plain_BS = policy(batch)[0]
+        for layer, bias_E in zip(layers, bias_LE):
+            layer.kind = config.gate
+            layer.bias_E.copy_(bias_E)
+    change_BS = plain_BS - whole_BS
+    largest, mean = float(change_BS.abs().max()), float(-change_BS.sum() / batch.mask_BS.sum())
+    if world.rank == 0:
+        write_json(run / "router.json", {"gate": config.gate, "bias_LE": bias_LE.tolist(),
+                                         "without/logp_difference": largest, "without/nll_difference": mean})
+        print(f"{run}/router.json: the selection bias and the gate, which Qwen3-MoE cannot hold; without them the loss "
+              f"changes by {mean:+.4f} nats a token, a token's log-probability by up to {largest:.3g}")
+
+
+# --- main ---
+
+
+def check_config(config):
+    """Raises InputError for flags of this script that cannot be meant."""
+    scopes = ("micro", "sequence", "sync", "global", "exact", "shuffle", "bias", "none")
+    choices = {"balance": scopes, "gate": ("softmax", "sigmoid"), "bias_rule": ("sign", "proportional"),
+               "mixture": ("uniform", "proportional", "unimax")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 2, "max_length": 2,
+              "num_experts_per_tok": 1, "moe_intermediate_size": 1, "balance_coef": 0, "balance_rows": 0,
+              "micro_fraction": 0, "z_loss_coef": 0, "bias_rate": 0, "unimax_epochs": 1e-9, "reinit": 0}
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    then, _, since = config.balance_switch.partition("@")
+    if config.balance_switch and (then not in scopes or not since.isdigit()):
+        raise InputError(f"--balance_switch {config.balance_switch}: write it like micro@500")
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 2 x num_attention_heads")
+    if config.num_experts_per_tok > config.num_experts:
+        raise InputError(f"--num_experts_per_tok {config.num_experts_per_tok}: there are {config.num_experts} experts")
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise InputError("--num_experts_per_tok 1: needs --norm_topk_prob False, or the router would get no gradient")
+    if config.upcycle and (not config.norm_topk_prob or config.from_scratch or config.reinit > 1):
+        raise InputError("--upcycle: needs --norm_topk_prob True, no --from_scratch, and --reinit up to 1")
+    if config.from_scratch and config.model_name_or_path == "tiny":
+        raise InputError("--from_scratch: `tiny` is drawn from scratch anyway")
+
+
+def load_streams(split, n_rows, tokenizer, config):
+    """The Stream of every domain."""
+    return [make_stream(name, split, n_rows, tokenizer, config) for name in parse_domains(config.domains)]
+
+
+def main(config):
+    check_frame(config)
+    check_config(config)
+    names, given = zip(*parse_domains(config.domains).items())
+    world = start_world(config)
+    args = run_args(config, world)
+    resume, finished = on_rank_0(lambda: open_run(config, args), world)
+    if finished:
+        return
+    model, tokenizer = load_start(config, resume)
+    streams = load_streams("train", config.n_train, tokenizer, config)
+    held_out = load_streams("validation", config.n_eval, tokenizer, config) if config.eval_steps else []
+    fill_learning_rate(config, model, small=3e-3, large=3e-4)
+    n_rows, sizes = args["rows_per_step"], [len(stream) for stream in streams]
+    weights = np.array(given) / sum(given) if all(given) else mixture_weights(
+        sizes, config.mixture, config.max_steps * n_rows, config.unimax_epochs)
+    plan = plan_rows(sizes, weights, config.max_steps * n_rows, config.seed)
+    run = begin_run(config, world, resume, args, [plan[:n_rows].tolist(), *(
+        [stream.name, hashlib.sha256(stream.ids.tobytes()).hexdigest()] for stream in streams + held_out)])
+
+    decoder = make_decoder(model, config) if held_out else None
+    policy = distribute_routed(model, config, world)
+    optimizer = make_optimizer(policy, config)
+    state = {"step": 0, "bad_steps": 0}
+    if resume:
+        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        set_bias(unwrap(policy).model, tensors["bias_LE"])
+    balance = Balance(policy, names, config, world)
+    log, stop = Log(run, config, world), StopSignal()
+    if world.rank == 0:
+        print("\n".join(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
+                        f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins {text!r}"
+                        for name, size, weight, text in zip(names, sizes, weights, (
+                            tokenizer.decode(stream.ids[:40].tolist()) for stream in streams))))
+
+    while state["step"] < config.max_steps:
+        began, step = time.perf_counter(), state["step"]
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+        picks = plan[step * n_rows : (step + 1) * n_rows].tolist()
+        rows = [streams[domain].row(row) for domain, row in picks]
+        n_tokens = int(sum((positions[1:] > 0).sum() for _, positions in rows))
+        parts = micro_batches([len(ids) for ids, _ in rows], config.per_device_train_batch_size,
+                              config.micro_batch_tokens, world)
+        batches = [collate_rows(streams, [picks[i] for i in part], world.device) for part in parts]
+        balance.begin(step, policy, batches, n_tokens)
+        numbers, taken = train_step(policy, optimizer, batches, balance.loss_of, step, config, world)
+        numbers |= balance.end(taken)
+        note_step(run, state, taken, picks, config, world)
+        numbers.update(learning_rate=scheduled_rate(step, config), num_tokens=n_tokens)
+        last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
+        if held_out and (last or state["step"] % config.eval_steps == 0):
+            numbers |= evaluate_routing(run, state["step"], policy, balance, held_out, config, world)
+            sample_texts(run, state["step"], decoder, policy, tokenizer, held_out, config, world)
+        log.step(state["step"], numbers, ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm"),
+                 n_tokens, seconds)
+        stopping = stop.agreed(world)
+        if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
+            tensors = {"bias_LE": torch.stack([layer.bias_E for layer in balance.layers]).cpu()}
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors)
+        if stopping and not last:
+            sys.exit(128 + stopping)
+    save_router(run, policy, held_out or streams, config, world)
+    if held_out and world.rank == 0:
+        experts = json.loads((run / "experts.json").read_text())
+        labels = [f"layer {layer}" for layer in range(len(balance.layers))]
+        draw_experts(np.array(experts["counts_LME"]), experts["domains"], labels, run / "experts.png")
+    end_run(run, policy, tokenizer, world)
+
+
+if __name__ == "__main__":
+    launch(main, Config)
