@@ -13,6 +13,9 @@ group, finished rows leave the batch, rows are sorted by length instead of padde
 whose completions all scored alike are not computed at all (their gradient is exactly zero) yet stay in the
 denominator, and the reference of --beta is the model given, not one reloaded by name.
 
+Curricula are classes under "samplers", hints and subgoals functions under "scaffolds"; what depends on the step alone
+(budgets, stages, annealing) is in `pace_of`. README.md lists every method with its flag.
+
 Dimensions: P prompts · G completions per prompt · R = P G rows of a step · B rows of one forward · T tokens ·
 S = T - 1 predicting positions · N trained tokens.
 

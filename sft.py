@@ -9,7 +9,11 @@ in exactly the context that sampling would give it; an example over --max_length
 cut short; rows are sorted by length into micro-batches, right-padded and unmasked (a causal model never looks
 right, so padding needs no mask and attention takes its fastest path); only trained positions meet the output head.
 
-Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocabulary · D model width · N trained tokens.
+--loss_type weighs that log-probability token by token (dco, dco_step, dco_a, entropy) or replaces the softmax in it
+(stablemax); each weight is a function of one row, so memory flags stay just that. --lora_rank trains adapters.
+
+Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocabulary · D model width · N trained tokens ·
+O, I a matrix's outputs and inputs · R the rank of an adapter.
 
     python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: 2 minutes
     python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-gsm8k \
@@ -31,8 +35,9 @@ import subprocess
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,11 +52,13 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser
 
-from eval import (InputError, encode_prompt, end_of_turn, evaluate, load_model, load_problems, plot_runs, read_rows,
-                  softcap)
+from eval import (InputError, encode_prompt, end_of_turn, evaluate, fill_template, generate, load_model, load_problems,
+                  plot_runs, read_rows, softcap, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -82,12 +89,28 @@ class Config:
     output_dir: str = flag("runs/sft", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
     resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
+    loss_type: str = flag("nll", "nll, dco, dco_step, dco_a, entropy or stablemax")
+    dco_n: int = flag(16, "dco: the N of the pass@N to be reached; dco_step: how many ways each step will be tried")
+    step_separator: str = flag(";", "text that ends a step of a solution, for dco_step and thought_budgets")
+    num_generations: int = flag(8, "completions per prompt, from which dco_a and select take a pass rate: G")
+    entropy_keep: float = flag(0.8, "entropy: share of each row's trained tokens that is kept")
+    entropy_discount: float = flag(0.8, "entropy: kept are the largest of -log p - this x entropy")
+    perp_grad: bool = flag(False, "drop the part of each matrix's gradient that only changes the matrix's length")
+    select: str = flag("all", "problems by the given model's pass rate: hard, uniform or easy ones; all: as they come")
+    select_pool: int = flag(0, "problems that select takes n_train from; 0: four times n_train")
+    thought_budgets: list[float] = flag([], "shares of a solution's steps, such as 1 0.5; a row is cut to one of them "
+                                            "and its prompt begins with it: [50%]")
+    lora_rank: int = flag(0, "train adapters of this rank beside the frozen linear layers; 0: train all weights")
+    lora_init: str = flag("gaussian", "gaussian, pissa or lora_sb")
+    rewarm: str = flag("off", "going on after a cosine: keep a tenth of learning_rate, or rise to half or full again")
+    replay_from: str = flag("", "earlier data to mix in: the folder of the run that used it, or a data set")
+    replay_share: float = flag(0.0, "share of each step's rows that comes from replay_from")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
     micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
     max_steps: int = flag(700, "optimizer steps")
     num_train_epochs: float = flag(0.0, "passes over the data; above 0 it decides instead of max_steps")
-    learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 2e-5 (TRL's) above")
+    learning_rate: float = flag(0.0, "peak rate; 0: 3e-3 under 10 M parameters, above 2e-5 (TRL's), adapters 2e-4")
     lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up")
     warmup_steps: int = flag(20, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
@@ -113,6 +136,84 @@ class Config:
 def nll_loss(logps_BS, mask_BS, n_tokens):
     """Negative log-likelihood in nats, summed over trained tokens / n_tokens, the count of the whole optimizer step."""
     return -(logps_BS * mask_BS).sum() / n_tokens
+
+
+def dco_factor(logp, n):
+    """What direct coverage optimisation leaves of the gradient of log p: N p (1-p)^(N-1) / (1 - (1-p)^N), in 0..1.
+
+    It turns the gradient of -log p into that of -log(1 - (1-p)^N), the chance that N samples all miss. logp in nats, of
+    any shape; float64, without gradient. 1 for N = 1 or N p near 0, then falling: 0.58 at p = 1/N, 0 at p = 1.
+    Source: 2502.07154, the factor F(N, p).
+    """
+    logp = logp.detach().double().clamp(-700, -1e-12)  # beyond, p or 1 - p would round to 0
+    log_miss = torch.log1p(-logp.exp())
+    return (math.log(n) + (n - 1) * log_miss + logp - torch.log(-torch.expm1(n * log_miss))).exp()
+
+
+def dco_weights(logps_BS, steps_BS, n):
+    """dco_factor for each token, p being the probability of its whole step; steps_BS numbers a row's steps from 0.
+
+    Untrained places have log-prob 0 and so belong anywhere. With one step a row, p is that of the whole solution.
+    """
+    totals_BS = torch.zeros_like(logps_BS).scatter_add(1, steps_BS, logps_BS.detach())  # column k: step k
+    return dco_factor(totals_BS, n).to(logps_BS).gather(1, steps_BS)
+
+
+def entropy_weights(logps_BS, entropy_BS, mask_BS, n_kept_B1, discount):
+    """1 for each row's n_kept trained tokens with the largest -log p - discount x entropy, 0 for the others.
+
+    Left out are tokens that the model ranks high while it keeps alternatives open: to train them would mostly cost
+    entropy. No gradient. By row (the authors', by a batch of one): which other rows are in the forward has no effect.
+    Source: 2508.03178 (Light-IF), Entropy-SFT.
+    """
+    scores_BS = (-logps_BS - discount * entropy_BS).detach().masked_fill(~mask_BS, -torch.inf)
+    ranks_BS = scores_BS.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return ((ranks_BS < n_kept_B1) & mask_BS).to(logps_BS)
+
+
+def stablemax_rows(hidden_BD, weight_VD, targets_B, cap):
+    """log(s(z_y) / sum_j s(z_j)) for logits z = hidden @ weight^T, s(z) = z + 1 or 1 / (1 - z) below 0, in float64.
+
+    s(z) = exp(u) with u = sign(z) log(1 + |z|), so this is a log-softmax of u. Source: 2501.04697, StableMax.
+    """
+    z_BV = (hidden_BD @ weight_VD.T).double()
+    z_BV = z_BV if cap is None else cap * torch.tanh(z_BV / cap)
+    u_BV = torch.where(z_BV >= 0, z_BV.clamp(min=0).log1p(), -(-z_BV).clamp(min=0).log1p())  # slope 1 at 0, too
+    return u_BV.log_softmax(-1).gather(1, targets_B[:, None])[:, 0].float()
+
+
+def stablemax_forward(policy, batch, entropy=False):
+    """Policy.forward with StableMax for softmax: (logps_BS, None). Of the [N, V] logits there are 8 M at a time."""
+    hidden_BSD = policy.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+    hidden_ND, targets_N = (x.flatten(0, 1)[batch.where_N] for x in (hidden_BSD, batch.ids_BT[:, 1:]))
+    weight_VD, cap = policy.model.get_output_embeddings().weight, softcap(policy.model)
+    rows = max(1, 2**23 // len(weight_VD))
+    parts = [checkpoint(stablemax_rows, h_BD, weight_VD, t_B, cap, use_reentrant=False)
+             for h_BD, t_B in zip(hidden_ND.split(rows), targets_N.split(rows))]
+    B, S = batch.mask_BS.shape
+    return hidden_ND.new_zeros(B * S).float().index_copy(0, batch.where_N, torch.cat(parts)).view(B, S), None
+
+
+def batch_loss(policy, batch, notes, n_tokens, config):
+    """A forward's share of the step's loss by --loss_type, and of the numbers logged.
+
+    `notes` holds a list for each row of the step: dco and dco_step the numbers of its steps, as many as there are
+    predicted tokens; dco_a its pass rate; entropy how many of its tokens are kept.
+    """
+    logps_BS, entropy_BS = policy(batch, entropy=config.loss_type == "entropy")
+    nll = nll_loss(logps_BS, batch.mask_BS, n_tokens)
+    if notes is None:
+        return nll, {}
+    own = [torch.tensor(notes[row]) for row in batch.rows] or [torch.tensor([0])]
+    notes_BX = nn.utils.rnn.pad_sequence(own, batch_first=True).to(logps_BS.device)
+    if config.loss_type == "entropy":
+        weights_BS = entropy_weights(logps_BS, entropy_BS, batch.mask_BS, notes_BX, config.entropy_discount)
+        numbers = {"entropy": (entropy_BS.detach() * weights_BS).sum() / n_tokens}
+    else:
+        weights_BS = (dco_factor(notes_BX.log(), config.dco_n).to(logps_BS) if config.loss_type == "dco_a" else
+                      dco_weights(logps_BS, notes_BX, config.dco_n)) * batch.mask_BS
+        numbers = {"dco/factor": weights_BS.sum() / n_tokens, "nll": nll.detach()}
+    return nll_loss(logps_BS * weights_BS, batch.mask_BS, n_tokens), numbers
 
 
 # --- data ---
@@ -212,7 +313,128 @@ def load_rows(config):
         if any(key in rows[0] for key in ("messages", "completion", "text")):
             return rows[: config.n_train or None]
     problems = load_train_problems(config, error_rate=config.error_rate)
-    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer} for problem in problems]
+    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
+            for problem in problems]
+
+
+def load_training_rows(config):
+    """load_rows, of the whole pool where --select is to choose, each with one of --thought_budgets drawn for it."""
+    pool = config.select_pool or 4 * config.n_train
+    rows = load_rows(config if config.select == "all" else replace(config, n_train=pool))
+    if not config.thought_budgets:
+        return rows
+    shares = np.random.default_rng(config.seed).choice(config.thought_budgets, len(rows)).tolist()
+    cut = [with_budget(row, share, config.step_separator, f"--dataset_name {config.dataset_name}: row {i + 1}")
+           for i, (row, share) in enumerate(zip(rows, shares))]
+    if not any(config.step_separator in row["completion"] for row in rows):
+        raise InputError(f"--step_separator {config.step_separator!r}: is in no solution: --thought_budgets cuts none")
+    return cut
+
+
+def step_numbers(example, ends):
+    """For each predicted token of an example the number of its step: a step ends with a trained token in `ends`."""
+    numbers, number = [], 0
+    for token, trained in zip(example.ids[1:], example.trained[1:]):
+        numbers.append(number)
+        number += trained and token in ends
+    return numbers
+
+
+def with_budget(row, share, separator, where):
+    """The row with its solution cut to about a share of its steps, and the share in front of its prompt: [50%].
+
+    Of every 1 / share steps the last is kept, so each kept step rests on work that is no longer written down.
+    >>> with_budget({"prompt": "9-1-2-3=", "completion": "9-1=8;8-2=6;6-3=3#3"}, 0.5, ";", "row 1")
+    {'prompt': '[50%]9-1-2-3=', 'completion': '9-1=8;6-3=3#3'}
+    """
+    if not isinstance(row.get("completion"), str):
+        raise InputError(f"--thought_budgets: {where} has no completion that is a text")
+    steps = row["completion"].split(separator)
+    kept = [step for i, step in enumerate(steps) if (len(steps) - 1 - i) % round(1 / share) == 0]
+    return {**row, "prompt": fill_template(f"[{100 * share:g}%]{{prompt}}", row["prompt"]),
+            "completion": separator.join(kept)}
+
+
+def load_replay(config):
+    """Rows of earlier training: those of the run whose folder --replay_from is, or of the data set it names."""
+    if not config.replay_share:
+        return []
+    path = Path(config.replay_from, "args.json")
+    if not path.is_file():
+        return load_rows(replace(config, dataset_name=config.replay_from, select="all", levels="", domains=""))
+    flags, known = json.loads(path.read_text())["flags"], {f.name for f in fields(Config)}
+    return load_rows(replace(Config(**{name: flags[name] for name in known & set(flags)}), select="all"))
+
+
+def pass_rates(decoder, tokenizer, prompts, answers, seed, config, world):
+    """Share of right ones among --num_generations samples of each prompt (its ids): list of float, on all processes."""
+    mine, G, right = range(world.rank, len(prompts), world.size), config.num_generations, [0] * len(prompts)
+    rollouts = generate(decoder, tokenizer, [prompts[i] for i in mine], G, config.max_completion_length, seed=seed,
+                        keys=mine)
+    for row, text in enumerate(rollouts.texts(tokenizer)):
+        right[mine[row // G]] += verify(text, answers[mine[row // G]])
+    return [n / G for n in sum_over_processes(right, world)]
+
+
+def select_rows(rates, n, how, seed):
+    """Indices of n problems out of those with these pass rates: hard, easy or uniform; ties fall as the seed wills.
+
+    hard: the least often solved, but those never solved come last: their answers may be wrong. Source: 2501.11284
+    (RedStar: difficulty matters more than number), in our reading of its abstract.
+    """
+    order = np.random.default_rng(seed).permutation(len(rates)).tolist()
+    keys = {"uniform": lambda i: 0, "easy": lambda i: -rates[i], "hard": lambda i: (rates[i] == 0, rates[i])}
+    return sorted(order, key=keys[how])[:n]
+
+
+def choose_rows(rows, model, tokenizer, resume, config, world):
+    """(the rows --select takes, their indices, which a checkpoint keeps, since the model that chose them moves on)."""
+    if config.select == "all":
+        return rows, []
+    if resume:
+        chosen = json.loads((resume / "state.json").read_text())["selected"]
+    else:
+        need_answers(rows, "--select", config)
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+        rates = pass_rates(model.to(world.device), tokenizer, prompts, [row["answer"] for row in rows],
+                           [config.seed], config, world)
+        chosen = select_rows(rates, config.n_train, config.select, config.seed)
+        if world.rank == 0:
+            print(f"--select {config.select}: {len(chosen)} of {len(rows)} problems, solved "
+                  f"{np.mean([rates[i] for i in chosen]):.0%} of the time (all: {np.mean(rates):.0%})")
+    return [rows[i] for i in chosen], chosen
+
+
+def need_answers(rows, flag, config):
+    """Raises InputError unless every row has a prompt and an answer to check samples against."""
+    for i, row in enumerate(rows):
+        if "prompt" not in row or not isinstance(row.get("answer"), str):
+            raise InputError(f"{flag}: --dataset_name {config.dataset_name}: row {i + 1} has no prompt and answer")
+
+
+def annotator(rows, examples, tokenizer, config, world):
+    """A function (chosen examples, decoder, policy, step) -> the notes of batch_loss, or None where it needs none."""
+    if config.loss_type in ("nll", "stablemax"):
+        return lambda *_: None
+    if config.loss_type == "entropy":
+        return lambda chosen, *_: [[max(1, int(config.entropy_keep * sum(e.trained[1:]) + 1e-9))] for e in chosen]
+    if config.loss_type != "dco_a":
+        ends = {i for i in range(len(tokenizer)) if config.step_separator in tokenizer.decode([i])}
+        ends = ends if config.loss_type == "dco_step" else ()
+        if ends != () and not any(step_numbers(example, ends)[-1] for example in examples):
+            raise InputError(f"--step_separator {config.step_separator!r}: ends no step: no token of a solution has it")
+        return lambda chosen, *_: [step_numbers(example, ends) for example in chosen]
+    need_answers(rows, "--loss_type dco_a", config)
+    answers = {tuple(encode_prompt(tokenizer, row["prompt"])): row["answer"] for row in rows}
+
+    def rates(chosen, decoder, policy, step):
+        refresh(decoder, policy)
+        prompts = [example.ids[: example.trained.index(True)] for example in chosen]
+        found = pass_rates(decoder, tokenizer, prompts, [answers[tuple(ids)] for ids in prompts], [config.seed, step],
+                           config, world)
+        return [[rate] for rate in found]
+
+    return rates
 
 
 def make_examples(rows, tokenizer, config):
@@ -419,6 +641,139 @@ def scheduled_rate(step, config):
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def rewarmed_rate(step, config):
+    """Learning rate when training goes on after a cosine that ended at a tenth of its peak, --learning_rate.
+
+    keep: stay there. half, full: rise in --warmup_steps to that share of the peak, then a cosine back to the tenth.
+    Source: 2308.04014, which rises from 0.
+    """
+    low = config.learning_rate / 10
+    rise = {"keep": 0.0, "half": config.learning_rate / 2 - low, "full": config.learning_rate - low}[config.rewarm]
+    if step < config.warmup_steps:
+        return low + rise * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return low + rise * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def perp_grad(optimizer, args, kwargs):
+    """Before an optimizer's step: takes from each matrix's gradient its part along the matrix, and keeps its length.
+
+    With a head that only grows, a model that is right on all its data lowers its loss for ever without learning
+    anything. Vectors (norms, biases) are left alone. Source: 2501.04697, perpendicular gradient.
+    """
+    for weight in optimizer.param_groups[0]["params"]:
+        grad = weight.grad
+        if grad is not None:
+            across = grad - (weight * grad).sum() / (weight.square().sum() + 1e-30) * weight
+            weight.grad = across * (grad.norm() / (across.norm() + 1e-30))
+
+
+class LowRank(nn.Module):
+    """A linear layer of frozen weight W with a trained update beside it: W + B A, W + B R A or W + B A - B0 A0.
+
+    B R A trains the square R alone, between frozen B and A (LoRA-SB). B0 A0 is what B A began as (PiSSA), so that W
+    need not be stored without it, rounded. The factor alpha / rank of other codes is 1 here.
+    """
+
+    def __init__(self, linear, up_OR, down_RI, core_RR, subtract):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.up, self.down = (nn.Parameter(x, requires_grad=core_RR is None) for x in (up_OR, down_RI))
+        self.core = None if core_RR is None else nn.Parameter(core_RR)
+        self.up0, self.down0 = (nn.Parameter(x.clone(), requires_grad=False) if subtract else None
+                                for x in (up_OR, down_RI))
+
+    def forward(self, x):
+        update = F.linear(x, self.down)
+        update = F.linear(update if self.core is None else F.linear(update, self.core), self.up)
+        if self.up0 is not None:
+            update = update - F.linear(F.linear(x, self.down0), self.up0)  # exactly 0 at first
+        return F.linear(x, self.weight, self.bias) + update
+
+    def merged(self):
+        """The weight [O, I] of a plain linear layer that computes the same."""
+        update_OI = self.up @ (self.down if self.core is None else self.core @ self.down)
+        return self.weight + (update_OI if self.up0 is None else update_OI - self.up0 @ self.down0)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A saved model holds the merged weight and nothing else, so from_pretrained needs no adapters."""
+        destination[prefix + "weight"] = self.merged().detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias.detach()
+
+
+def truncated_svd(matrix_OI, rank):
+    """The best approximation of this rank as (U [O, R], singular values [R], V^T [R, I])."""
+    u, values, v = torch.linalg.svd(matrix_OI.float(), full_matrices=False)
+    return u[:, :rank].contiguous(), values[:rank], v[:rank].contiguous()  # else each adapter holds the whole u, v
+
+
+def low_rank_factors(weight_OI, grad_OI, config):
+    """Where an adapter begins: (up_OR, down_RI, core_RR or None), by --lora_init.
+
+    gaussian: up is 0 (2106.09685). pissa: the largest singular values and vectors of the weight (2404.02948).
+    lora_sb: those of AdamW's first step with all weights, -rate x sign(gradient), and only what stands between the
+    vectors is trained, so the model begins one such step, truncated, from where it was (2411.19557).
+    """
+    (O, I), rank = weight_OI.shape, config.lora_rank
+    if config.lora_init == "gaussian":
+        return weight_OI.new_zeros(O, rank), torch.randn(rank, I).to(weight_OI) / rank, None
+    if config.lora_init == "pissa":
+        up_OR, values, down_RI = truncated_svd(weight_OI, rank)
+        return up_OR * values.sqrt(), values.sqrt()[:, None] * down_RI, None
+    up_OR, values, down_RI = truncated_svd(-scheduled_rate(0, config) * grad_OI.sign(), rank)
+    return up_OR, down_RI, values.diag()
+
+
+def first_gradients(model, linears, examples, rows_per_step, config, world):
+    """The nll's gradient of these layers' weights on the rows of the first step, the same on every process."""
+    for linear in linears:
+        linear.weight.requires_grad_(True)
+    rows = [examples[i] for i in rows_of_step(len(examples), rows_per_step, 0, config.seed)]
+    n_tokens = sum(sum(example.trained[1:]) for example in rows)
+    for part in micro_batches([len(example.ids) for example in rows], config.per_device_train_batch_size,
+                              config.micro_batch_tokens, World(0, 1, world.device)):
+        batch = collate(rows, part, world.device)
+        nll_loss(Policy(model)(batch)[0], batch.mask_BS, n_tokens).backward()
+    return [linear.weight.grad for linear in linears]
+
+
+def add_adapters(model, examples, rows_per_step, config, world):
+    """Freezes the model and puts a LowRank in place of each linear layer; embeddings and the head get none."""
+    model.to(world.device).requires_grad_(False)
+    places = [(name, layer) for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear)]
+    smallest = min((min(layer.weight.shape) for _, layer in places), default=0)
+    if config.lora_rank > smallest:
+        raise InputError(f"--lora_rank {config.lora_rank}: the smallest matrix has rank {smallest}")
+    grads = [None] * len(places)
+    if config.lora_init == "lora_sb":
+        grads = first_gradients(model, [layer for _, layer in places], examples, rows_per_step, config, world)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.seed)
+        for (name, layer), grad_OI in zip(places, grads):
+            layer.weight.requires_grad_(False).grad = None
+            factors = low_rank_factors(layer.weight, grad_OI, config)
+            model.base_model.set_submodule(name, LowRank(layer, *factors, subtract=config.lora_init == "pissa"))
+
+
+def adapter_tensors(policy, config):
+    """The adapters' own tensors by name, sharing their memory; none under --fsdp, whose shards hold them."""
+    return {f"{name}.{key}": tensor.detach() for name, layer in unwrap(policy).named_modules()
+            if isinstance(layer, LowRank) and not config.fsdp
+            for key, tensor in layer.named_parameters() if key not in ("weight", "bias")}
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Puts plain linear layers back, with each adapter's update in the weight."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LowRank):
+            linear = nn.Linear(1, 1, bias=False, device="meta")  # takes its shape from the weight
+            linear.weight, linear.bias = nn.Parameter(layer.merged()), layer.bias
+            model.set_submodule(name, linear)
 
 
 def train_step(policy, optimizer, batches, loss_of, step, config, world):
@@ -799,6 +1154,8 @@ def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, wor
     if world.rank == 0:
         result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
         numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        if len(result["by_level"]) > 1:
+            numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
         for record in result["records"][:4]:
             append_line(run / "samples.jsonl", {"step": step, **record})
     barrier()
@@ -852,28 +1209,80 @@ def launch(main, Config):
 # --- main ---
 
 
+def check_config(config):
+    """Raises InputError for flags of this script that cannot be meant."""
+    choices = {"loss_type": ("nll", "dco", "dco_step", "dco_a", "entropy", "stablemax"),
+               "select": ("all", "hard", "uniform", "easy"), "lora_init": ("gaussian", "pissa", "lora_sb"),
+               "rewarm": ("off", "keep", "half", "full")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"max_length": 2, "dco_n": 1, "num_generations": 1, "select_pool": 0, "lora_rank": 0,
+              "entropy_discount": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name, shares in {"entropy_keep": [config.entropy_keep], "thought_budgets": config.thought_budgets}.items():
+        if not all(0 < share <= 1 for share in shares):
+            raise InputError(f"--{name} {' '.join(map(str, shares))}: must be above 0 and at most 1")
+    if not 0 <= config.replay_share < 1 or bool(config.replay_share) != bool(config.replay_from):
+        raise InputError(f"--replay_share {config.replay_share}: must be below 1, and above 0 just with --replay_from")
+    if not config.step_separator:
+        raise InputError("--step_separator: must not be empty")
+    if config.select != "all" and not 0 < config.n_train <= (config.select_pool or config.n_train):
+        raise InputError(f"--select {config.select}: needs --n_train, above 0 and at most --select_pool")
+    if config.perp_grad and config.lora_rank:
+        raise InputError("--perp_grad: not with --lora_rank: it is the whole matrix whose length matters")
+
+
+def warn_of_idle_factor(state, factor, config, world):
+    """Counts the steps in a row in which dco's factor was 1, and says once that it changes nothing."""
+    state["idle_steps"] = state.get("idle_steps", 0) + 1 if factor > 0.99 else 0
+    if state["idle_steps"] == min(100, config.max_steps) and world.rank == 0:
+        print(f"warning, step {state['step']}: for {state['idle_steps']} steps the factor of --loss_type "
+              f"{config.loss_type} has been 1: it trains as nll does. The solutions' probabilities are far below 1 / "
+              f"--dco_n {config.dco_n}: a larger one, or dco_step", file=sys.stderr)
+
+
 def main(config):
     check_frame(config)
-    if config.max_length < 2:
-        raise InputError(f"--max_length {config.max_length}: must be 2 or more")
+    check_config(config)
     world = start_world(config)
     args = run_args(config, world)
+    n_replayed = round(config.replay_share * args["rows_per_step"])
+    if config.replay_share and not 0 < n_replayed < args["rows_per_step"]:
+        raise InputError(f"--replay_share {config.replay_share}: no row, or every one, of {args['rows_per_step']}")
     resume, finished = on_rank_0(lambda: open_run(config, args), world)
     if finished:
         return
-    rows, problems = load_rows(config), load_eval_problems(config)
-    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
+    rows, replay_rows, problems = load_training_rows(config), load_replay(config), load_eval_problems(config)
+    as_given = config.fsdp or config.lora_rank  # then the checkpoint's weights come later, to where they belong
+    model, tokenizer = load_model(str(resume) if resume and not as_given else config.model_name_or_path,
                                   seed=config.seed, chat_template=config.chat_template)
-    fill_learning_rate(config, model, small=3e-3, large=2e-5)
+    fill_learning_rate(config, model, small=3e-3, large=2e-4 if config.lora_rank else 2e-5)
+    rows, selected = choose_rows(rows, model, tokenizer, resume, config, world)
     examples = make_examples(rows, tokenizer, config)
+    n_new, n_own = args["rows_per_step"] - n_replayed, len(examples)
+    examples += make_examples(replay_rows, tokenizer, config) if replay_rows else []
+    notes_of = annotator(rows + replay_rows, examples, tokenizer, config, world)
     if config.num_train_epochs:
-        config.max_steps = math.ceil(config.num_train_epochs * len(examples) / args["rows_per_step"])
+        config.max_steps = math.ceil(config.num_train_epochs * n_own / n_new)
     run = begin_run(config, world, resume, args, examples)
 
+    if config.lora_rank:
+        add_adapters(model, examples[:n_own], n_new, config, world)
     decoder = make_decoder(model, config)
     policy = distribute(model, config, world)
+    if config.loss_type == "stablemax":
+        unwrap(policy).forward = partial(stablemax_forward, unwrap(policy))
     optimizer = make_optimizer(policy, config)
-    state = load_checkpoint(resume, policy, optimizer, config)[0] if resume else {"step": 0, "bad_steps": 0}
+    if config.perp_grad:
+        optimizer.register_step_pre_hook(perp_grad)
+    state = {"step": 0, "bad_steps": 0, "selected": selected}
+    if resume:
+        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        for name, tensor in adapter_tensors(policy, config).items():
+            tensor.copy_(tensors[name])
     log, stop = Log(run, config, world), StopSignal()
     if world.rank == 0:
         show_example(examples[0], tokenizer)
@@ -881,30 +1290,37 @@ def main(config):
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
-        indices = rows_of_step(len(examples), args["rows_per_step"], step, config.seed)
+        indices = rows_of_step(n_own, n_new, step, config.seed)
+        indices += [n_own + i for i in rows_of_step(len(examples) - n_own, n_replayed, step, config.seed)]
         chosen = [examples[i] for i in indices]
-        n_tokens = sum(sum(example.trained[1:]) for example in chosen)
+        notes = notes_of(chosen, decoder, policy, step)
+        n_tokens = sum(map(sum, notes if config.loss_type == "entropy" else [e.trained[1:] for e in chosen]))
         parts = micro_batches([len(example.ids) for example in chosen], config.per_device_train_batch_size,
                               config.micro_batch_tokens, world)
 
         def loss_of(policy, batch):
-            logps_BS, _ = policy(batch)
-            return nll_loss(logps_BS, batch.mask_BS, n_tokens), {}
+            return batch_loss(policy, batch, notes, n_tokens, config)
 
+        rate = scheduled_rate(step, config) if config.rewarm == "off" else rewarmed_rate(step, config)
+        at_rate = replace(config, learning_rate=rate, lr_scheduler_type="constant", warmup_steps=0)
         numbers, taken = train_step(policy, optimizer, [collate(chosen, part, world.device) for part in parts], loss_of,
-                                    step, config, world)
+                                    step, at_rate, world)
         note_step(run, state, taken, indices, config, world)
-        numbers.update(learning_rate=scheduled_rate(step, config), num_tokens=n_tokens)
+        if "dco/factor" in numbers:
+            warn_of_idle_factor(state, numbers["dco/factor"], config, world)
+        numbers.update(learning_rate=rate, num_tokens=n_tokens)
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, problems, config, world)
-        log.step(state["step"], numbers, ("loss", "eval/accuracy", "grad_norm", "learning_rate"),
+        log.step(state["step"], numbers,
+                 ("loss", "eval/accuracy", "dco/factor", "entropy", "grad_norm", "learning_rate"),
                  sum(len(example.ids) for example in chosen), seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world)
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, adapter_tensors(policy, config))
         if stopping and not last:
             sys.exit(128 + stopping)
+    merge_adapters(unwrap(policy).model)
     end_run(run, policy, tokenizer, world)
 
 

@@ -31,12 +31,15 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
+import distill
+import dpo
 import eval as ground
 import grpo
+import moe
 import sft
 
 
-SCRIPTS = {"sft": sft, "grpo": grpo}
+SCRIPTS = {"sft": sft, "grpo": grpo, "distill": distill, "dpo": dpo, "moe": moe}
 SMALLER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                head_dim=16)  # 20,000 parameters
 FORKS = multiprocessing.get_context("forkserver")
@@ -113,23 +116,24 @@ def nan_weight(script, step):
 
 def reward(script, value):
     """The reward function `accuracy` returns this."""
-    script.REWARDS["accuracy"] = lambda problem, completion, n_tokens, config: value
+    script.REWARDS["accuracy"] = lambda problem, row, pace, config: value
 
 
 def one_group(script, rows):
     """Only the first prompt's completions score differently, and but so many of its rows are trained on."""
-    score, update = script.score, script.Update.__init__
+    credit, update = script.credit, script.Update.__init__
 
-    def scoring(problems_P, texts_R, rollouts, config):
-        scores_RF, rewards_R = score(problems_P, texts_R, rollouts, config)
-        rewards_R[config.num_generations :] = 0.5
-        return scores_RF, rewards_R
+    def crediting(groups, pace, n_rows, config):
+        for group in groups[1:]:
+            for row in group.rows:
+                row.reward = 0.5
+        credit(groups, pace, n_rows, config)
 
     def fewer(self, *arguments):
         update(self, *arguments)
         self.rows, self.examples = self.rows[:rows], self.examples[:rows]
 
-    script.score, script.Update.__init__ = scoring, fewer
+    script.credit, script.Update.__init__ = crediting, fewer
 
 
 def file_limit(script, arguments):

@@ -60,6 +60,8 @@ def test_sec_is_uniform_without_signal_and_moves_only_the_arms_it_has_seen():
     assert sampler.state["values"] == pytest.approx([0, 0.5 * gain, 0], rel=1e-3)
     sampler.update([group_of(0, 0)])
     assert sampler.state["values"][1] == pytest.approx(0.5 * gain, rel=1e-3)  # not drawn: it stays
+    sampler.update([group_of(1, 1)])
+    assert sampler.state["values"][1] == pytest.approx(0.75 * gain, rel=1e-3)  # a running mean, not a sum
     weights = [math.exp(value / 0.4) for value in sampler.state["values"]]
     assert sampler.shares() == pytest.approx([weight / sum(weights) for weight in weights])
 

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import distill
+import dpo
 import eval as ground
 import grpo
 import kernels
+import moe
 import sft
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"sft": sft, "grpo": grpo}
+SCRIPTS = {"sft": sft, "dpo": dpo, "distill": distill, "grpo": grpo, "moe": moe}
 MODULES = {**SCRIPTS, "eval": ground, "kernels": kernels}
 
 
@@ -94,7 +97,7 @@ def readme_commands():
     texts = [(ROOT / "README.md").read_text()] + [module.__doc__ for module in MODULES.values()]
     for text in texts:
         joined = text.replace("\\\n", " ")
-        for match in re.finditer(r"(?:python|torchrun)[^\n`|&]*?\b(sft|grpo|eval)\.py([^\n`|&]*)", joined):
+        for match in re.finditer(r"(?:python|torchrun)[^\n`|&]*?\b(sft|dpo|distill|grpo|moe|eval)\.py([^\n`|&]*)", joined):
             yield match[1], match[2].split("#")[0].split(")")[0].strip()
 
 
@@ -164,6 +167,18 @@ def test_shape_suffixes_are_true(tmp_path, monkeypatch):
                               n_train=16, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
                               beta=0.1, num_iterations=2, loss_type="gspo", eval_steps=0, save_steps=0,
                               reward_funcs=["accuracy", "length"]))
+        dpo.main(dpo.Config(model_name_or_path=str(tmp_path / "sft"), output_dir=str(tmp_path / "dpo"), max_steps=2,
+                            pairs="offline", error_rate=1.0, n_train=16, per_device_train_batch_size=4, sft_fraction=0.5,
+                            eval_steps=0, save_steps=0, reference_cache=str(tmp_path / "reference")))
+        small = dict(model_name_or_path=str(tmp_path / "sft"), teacher_model_name_or_path=str(tmp_path / "grpo"), max_steps=1,
+                     n_train=8, per_device_train_batch_size=4, max_completion_length=8, eval_steps=0, save_steps=0)
+        distill.main(distill.Config(**small, output_dir=str(tmp_path / "rlt"), teacher_sft_steps=1, teacher_steps=2,
+                                    teacher_batch_size=8, num_generations=4, ref_model_sync_steps=1))
+        distill.main(distill.Config(**small, output_dir=str(tmp_path / "kd"), method="logits", kd_weight=0.5))
+        distill.main(distill.Config(**small, output_dir=str(tmp_path / "own"), method="on_policy", divergence="jsd"))
+        distill.main(distill.Config(**small, output_dir=str(tmp_path / "em"), method="bootstrap", rounds=1))
+        moe.main(moe.Config(output_dir=str(tmp_path / "moe"), max_steps=2, n_train=4, n_eval=1, max_length=32,
+                            per_device_train_batch_size=4, eval_steps=2, save_steps=0, max_completion_length=2))
     finally:
         sys.settrace(None)
     assert not wrong, sorted(set(wrong))[:10]

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import faults
 import sft
+from eval import load_problems
 from faults import assert_same, largest_difference, newest, numbers_of, run, start, steps_of
 
 ROOT = Path(__file__).parents[1]
@@ -25,13 +26,40 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 SFT = dict(n_train=20, levels="1-2", per_device_train_batch_size=8, micro_batch_tokens=64, max_steps=6, save_steps=2,
            eval_steps=3, n_eval=4, max_completion_length=8, warmup_steps=2, logging_steps=1)
 GRPO = {**SFT, "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 12, "n_train": 10,
-        "num_iterations": 2, "learning_rate": 1e-3, "reward_funcs": ["accuracy", "length"]}
+        "num_iterations": 2, "learning_rate": 1e-3, "reward_funcs": ["accuracy", "length"], "shape_silent_groups": True}
+DISTILL = {**SFT, "method": "on_policy", "lmbda": 0.6, "learning_rate": 1e-3}
+
+DPO = {**SFT, "eval_dataset_name": "chain", "resample_steps": 2, "round_prompts": 6, "num_generations": 4,
+       "max_completion_length": 24, "temperature": 0.5, "learning_rate": 1e-3, "reference_cache": ""}
+OFFLINE = {"pairs": "offline", "dataset_name": "chain", "error_rate": 0.5, "loss_type": "sigmoid"}
+
+
+def write_problems(path):
+    """Problems whose answer is the one that the tiny model gives most often, so that some of its samples are right."""
+    problems = load_problems("chain", "train", DPO["n_train"], levels="1-2")
+    path.write_text("".join(json.dumps({"prompt": problem.prompt, "answer": "1"}) + "\n" for problem in problems))
+
+MOE = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=4, moe_intermediate_size=8,
+           balance="exact", balance_rows=1, domains="chain,synthetic:1", max_length=48, n_train=10, n_eval=4,
+           per_device_train_batch_size=8, max_steps=6, save_steps=2, eval_steps=3, max_completion_length=4,
+           warmup_steps=2, logging_steps=1)
 
 
 @pytest.fixture(scope="module")
 def flags(tiny_model):
     """The flags of each script's small run."""
-    return {"sft": SFT, "grpo": {**GRPO, "model_name_or_path": str(tiny_model)}}
+    teacher = tiny_model.with_name("teacher")  # the same, but surer of itself
+    if not teacher.exists():
+        shutil.copytree(tiny_model, teacher, ignore=shutil.ignore_patterns("checkpoints"))
+        weights = load_file(teacher / "model.safetensors")
+        weights["lm_head.weight"] *= 2
+        save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    problems = tiny_model.with_name("problems.jsonl")
+    write_problems(problems)
+    return {"sft": SFT, "grpo": {**GRPO, "model_name_or_path": str(tiny_model)},
+            "dpo": {**DPO, "model_name_or_path": str(tiny_model), "dataset_name": str(problems)},
+            "distill": {**DISTILL, "model_name_or_path": str(tiny_model), "teacher_model_name_or_path": str(teacher)},
+            "moe": MOE}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +88,9 @@ def refused(text, script, *words):
 # --- resume ---
 
 
-@pytest.mark.parametrize("script, changes", [("sft", {}), ("grpo", {"beta": 0.1}), ("grpo", {"loss_type": "gspo"})])
+@pytest.mark.parametrize("script, changes", [("sft", {}), ("grpo", {"beta": 0.1}), ("grpo", {"loss_type": "gspo"}),
+                                             ("distill", {}), ("dpo", {}), ("dpo", OFFLINE),
+                                             ("moe", {"balance": "bias", "gate": "sigmoid"})])
 def test_a_run_stopped_at_every_step_ends_bit_equal(flags, whole, tmp_path, script, changes):
     """SIGTERM in the middle of steps 1 to 6, each in a new process: within and at the end of an epoch (n_train is no
     multiple of a step's rows) and of a window of rollouts (num_iterations 2). The step is finished, saved, exit 143."""
@@ -371,7 +401,8 @@ def wait_for(job, words):
 
 # --- several processes ---
 
-SPREAD = [("sft", False), ("sft", True), ("grpo", False), ("grpo", True)]
+SPREAD = [("sft", False), ("sft", True), ("grpo", False), ("grpo", True), ("distill", False), ("distill", True),
+          ("dpo", False), ("dpo", True), ("moe", False), ("moe", True)]
 
 
 def spread(flags, fsdp, ranks):

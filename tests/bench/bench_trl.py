@@ -143,7 +143,7 @@ def run_ours(case, folder, steps, seed):
     if script is sft:
         config = sft.Config(**shared)
     else:
-        grpo.REWARDS["digits"] = lambda problem, completion, n_tokens, config: digit_share(completion)
+        grpo.REWARDS["digits"] = lambda problem, row, pace, config: digit_share(row.text)
         config = grpo.Config(**shared, num_generations=ROWS // PROMPTS, reward_funcs=["digits"],
                              max_completion_length=64 if case == "grpo_equal" else 256)
     meter = Meter()

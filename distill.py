@@ -1,0 +1,1711 @@
+"""Distillation: teachers trained to teach, and the other ways to move reasoning from one model into another.
+
+--method rlt trains a teacher that reads a question q *and* its solution s and writes the explanation t. It never has
+to find the answer; its reward is what a frozen student makes of the explanation, alpha = .01, lambda = 3:
+
+    r = mean log p_student(s | q, t) + alpha * min log p_student(s | q, t)             did it make the solution clear?
+        - lambda * (mean D + alpha * max D),  D = log p_teacher(t | q, s) - log p_student(t | q)    unaided, too?
+        - 1 where the explanation was cut off
+
+GRPO on r, with KL to a slowly moving reference; then the student is fine-tuned on (q, t, s), as the teacher wrote it.
+The other methods train the student alone, with one loss over all trained tokens of the step:
+
+    loss = [kd_weight * tau^2 * divergence(teacher, student at temperature tau) - (1 - kd_weight) * log p] / tokens
+
+logits: on given text (or the teacher's); on_policy: on the student's own samples; ssb: the teacher is the student
+itself with a right and a wrong attempt before its eyes; bootstrap: on its own samples that the checker passed
+(kd_weight 0), or, with --rounds, on latent thoughts weighted by how well they explain the solution.
+Against the authors' code: texts meet as token ids and spans are counted, never searched, and the end of a turn stands
+for RLT's closing tag. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
+
+Dimensions: P prompts · G samples per prompt · R rows of a step · B rows of one forward · T tokens · S = T - 1
+predicting positions · N trained tokens · V vocabulary · D, H the student's and the teacher's width · K of --kd_topk.
+
+    python sft.py && python distill.py                # the embedded task, all three stages of rlt
+    python distill.py --method on_policy --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --output_dir runs/kd   # one GPU
+    torchrun --nproc-per-node 8 distill.py --fsdp ...                                        # several GPUs
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import HfArgumentParser
+
+from eval import (InputError, Problem, Rollouts, answer_key, encode_prompt, end_of_turn, evaluate, extract_answer,
+                  generate, load_model, load_problems, plot_runs, read_rows, softcap, verify)
+from kernels import linear_kl, linear_logps, linear_topk, topk_kl
+
+# --- config ---
+
+
+def flag(default, help):
+    """One command-line flag: its default and what it means."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    method: str = flag("rlt", "rlt, ssb, logits, on_policy or bootstrap")
+    stage: str = flag("all", "rlt: all, or one of warm_up, teacher, student")
+    model_name_or_path: str = flag("runs/sft", "the student: a hub name or a local folder; by default what sft.py left")
+    teacher_model_name_or_path: str = flag("", "the teacher, of the student's vocabulary; empty: a copy of the student")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
+    dataset_name: str = flag("chain", "a problem set (see eval.py), a local file, or a hub data set; TRL's formats too")
+    dataset_train_split: str = flag("train", "split to train on")
+    dataset_test_split: str = flag("validation", "split to evaluate on")
+    eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
+    n_train: int = flag(20000, "problems to train on; 0: all (an endless set such as `chain` needs a number)")
+    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
+    answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
+    prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
+    levels: str = flag("1-5", "`chain`: difficulty levels, such as 1-3 or 1,4")
+    domains: str = flag("", "`chain`: kinds of operation, such as add,mul; empty: all")
+    error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
+    output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it")
+    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
+    resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
+
+    divergence: str = flag("auto", "forward KL(teacher || student), reverse, or jsd; auto: reverse for on_policy")
+    jsd_beta: float = flag(0.5, "jsd: the teacher's share of the mixture, above 0 and below 1 (no KL at the ends)")
+    kd_weight: float = flag(1.0, "logits, ssb: share of the divergence in the loss; the rest is cross-entropy")
+    kd_temperature: float = flag(0.0, "divides both models' logits in the divergence; 0: 1, for ssb 2 (its authors')")
+    kd_topk: int = flag(0, "forward: only the teacher's k likeliest tokens and the mass of the rest; 0: all")
+    prune_fraction: float = flag(0.0, "logits: leave out this share of the data, chosen at random")
+    completions: str = flag("dataset", "logits: what to train on: dataset, or the teacher's own samples: teacher")
+    lmbda: float = flag(1.0, "on_policy: share of rows that the student samples; the others are the data's")
+
+    teacher_sft_steps: int = flag(150, "warm_up: steps of fine-tuning on the problems' own solutions; 0: no such stage")
+    teacher_steps: int = flag(60, "teacher: optimizer steps")
+    teacher_learning_rate: float = flag(0.0, "teacher: learning rate; 0: 5e-5 under 10 M parameters, 1e-6 above")
+    teacher_batch_size: int = flag(256, "teacher: explanations per process; at most so many in one forward")
+    rlt_alpha: float = flag(0.01, "rlt: weight of the least clear solution token and of the least plausible thought")
+    rlt_lambda: float = flag(3.0, "rlt: weight of the thoughts' implausibility")
+    format_penalty: float = flag(1.0, "rlt: what a cut-off explanation costs")
+    beta: float = flag(0.04, "rlt: weight of the KL divergence to the reference")
+    ref_model_sync_steps: int = flag(32, "rlt: the reference follows the teacher every so many steps")
+    ref_model_mixup_alpha: float = flag(0.9, "rlt: how far it then goes, 1 being all the way")
+
+    n_traces: int = flag(2000, "rlt, ssb, bootstrap, completions teacher: problems to sample for; 0: all")
+    num_generations: int = flag(8, "rlt: explanations per problem and step; ssb, bootstrap: samples per problem")
+    min_thought_tokens: int = flag(0, "bootstrap: drop shorter samples")
+    max_thought_tokens: int = flag(0, "bootstrap: drop longer samples; 0: none is too long")
+    budget_template: str = flag("{prompt}", "bootstrap: the prompt trained on; {budget}: the sample's length, rounded")
+    demonstrations: str = flag("", "bootstrap: a file of prompts and completions to show before each problem")
+    n_shots: int = flag(3, "bootstrap: demonstrations shown, drawn anew for each problem")
+    rounds: int = flag(0, "bootstrap: 0: the checker chooses; N: N rounds of expectation maximisation instead")
+
+    teacher_template: str = flag("auto", "what the teacher reads; {prompt}, {solution}")
+    hint_template: str = flag("auto", "ssb: what the teacher reads; {prompt}, {right}, {wrong}")
+    solution_template: str = flag("auto", "rlt, rounds: the text both know as the solution; {answer}, {solution}")
+    thought_prefix: str = flag("auto", "rlt, rounds: what opens the student's thinking, such as <think>")
+    thought_suffix: str = flag("auto", "rlt, rounds: what closes it; the solution follows")
+
+    max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
+    temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
+    per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
+    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
+    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
+    max_steps: int = flag(200, "optimizer steps of the student")
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 1e-3 under 10 M parameters, 1e-5 above")
+    lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up; rlt's teacher: constant")
+    warmup_steps: int = flag(10, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
+    max_length: int = flag(1024, "tokens; longer examples are left out and counted (TRL cuts them short)")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
+    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
+    logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
+    eval_steps: int = flag(100, "evaluate the student (greedy) every so many steps and at the end; 0: never")
+    n_eval: int = flag(128, "problems to evaluate on")
+    save_steps: int = flag(50, "checkpoint every so many steps; 0: only when stopped and at the end")
+    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
+    seed: int = flag(0, "of data, order and sampling")
+    report_to: str = flag("none", "none, or wandb")
+
+
+# --- loss ---
+
+
+def understanding(logps_BS, solution_BS, alpha):
+    """How clear the solution is to the student, at most 0: mean + alpha * min of its log-probs, [B], in nats.
+
+    solution_BS marks the solution's tokens, one or more a row. The minimum keeps a long solution from hiding a gap.
+    Source: RLT 2506.08388, r^SS.
+    """
+    mean_B = (logps_BS * solution_BS).sum(1) / solution_BS.sum(1)
+    return mean_B + alpha * logps_BS.masked_fill(~solution_BS, math.inf).amin(1)
+
+
+def implausibility(teacher_logps_BS, logps_BS, thought_BS, alpha):
+    """How far the thoughts are from what the student would think unaided: mean + alpha * max of the log-ratio, [B].
+
+    The log-ratio is the teacher's log-prob of a thought's token (it knows the solution) minus the student's (it does
+    not), in nats; the mean over the teacher's samples estimates KL(teacher || student). No thought at all: 1 + alpha,
+    as in the authors' code, or silence would look natural. Source: RLT 2506.08388, r^KL.
+    """
+    gaps_BS, n_B = teacher_logps_BS - logps_BS, thought_BS.sum(1)
+    mean_B = (gaps_BS * thought_BS).sum(1) / n_B.clamp(min=1)
+    return torch.where(n_B > 0, mean_B + alpha * gaps_BS.masked_fill(~thought_BS, -math.inf).amax(1), 1 + alpha)
+
+
+def group_advantages(rewards_PG, scale):
+    """How far each completion scored above its group's mean, divided by a standard deviation: [P, G].
+
+    scale: `group` (GRPO; unbiased std as in TRL and verl), `batch` (std of all rewards), `none` (Dr. GRPO). Groups
+    that scored alike get exactly 0, whatever float noise their mean has.
+    Source: DeepSeekMath 2402.03300 section 4.1.2; Dr. GRPO 2503.20783 section 3.
+    """
+    centered_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    centered_PG = centered_PG.masked_fill(silent_groups(rewards_PG)[:, None], 0.0)
+    if scale == "none":
+        return centered_PG
+    return centered_PG / ((rewards_PG.std(1, keepdim=True) if scale == "group" else rewards_PG.std()) + 1e-4)
+
+
+def silent_groups(rewards_PG):
+    """Which groups carry no signal because all their rewards are equal (but for float noise): bool [P]."""
+    return rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6
+
+
+def kl_k3(logps_BS, reference_logps_BS):
+    """KL(policy || reference) per token in nats, 0 or more; tokens sampled from the policy. Source: Schulman 2020, k3."""
+    log_ratio_BS = reference_logps_BS - logps_BS  # reference minus policy: the other way round is another quantity
+    return log_ratio_BS.expm1() - log_ratio_BS
+
+
+def teacher_loss(logps_BS, reference_logps_BS, advantages_B, mask_BS, beta, n_rows):
+    """Negated mean over the step's n_rows rows of each row's token mean of A * ratio - beta * KL.
+
+    One step a rollout, so the ratio is 1 and only carries the gradient. reference_logps_BS is None at beta 0.
+    Source: DeepSeekMath 2402.03300 eq. 3, at old = current policy.
+    """
+    gain_BS = advantages_B[:, None] * (logps_BS - logps_BS.detach()).exp()
+    if reference_logps_BS is not None:
+        gain_BS = gain_BS - beta * kl_k3(logps_BS, reference_logps_BS)
+    return -((gain_BS * mask_BS).sum(1) / mask_BS.sum(1).clamp(min=1)).sum() / n_rows
+
+
+def divergence(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, config):
+    """--divergence of the two next-token distributions over the tokens both heads know, [N] in nats.
+
+    Both logits are divided by --kd_temperature. Differentiable in the student alone. The kinds are separate choices
+    because the JSD, scaled by its shares, falls to 0 at both ends instead of turning into a KL.
+    Source: GKD 2306.13649 eq. 1; top-k with the mass of the rest as one more outcome.
+    """
+    V = min(len(weight_VD), len(teacher_weight_VH))  # heads are padded to round sizes: those rows are no tokens
+    weight_VD, teacher_weight_VH = weight_VD[:V], teacher_weight_VH[:V]
+    if config.kd_topk:
+        teacher_NK, ids_NK, tail_N = linear_topk(teacher_hidden_NH, teacher_weight_VH, min(config.kd_topk, V - 1),
+                                                 config.kd_temperature)
+        logps_NK, _ = linear_logps(hidden_ND, weight_VD, ids_NK, config.kd_temperature, entropy=False)
+        return topk_kl(logps_NK, teacher_NK, tail_N)
+    return linear_kl(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, kind=config.divergence,
+                     beta=config.jsd_beta, temperature=config.kd_temperature)
+
+
+def thought_weights(joint_PG, proposal_PG):
+    """(weights [P, G] that sum to 1 a row, IW-ELBO [P] in nats) of thoughts sampled from q(z | question, solution).
+
+    log w = log p(z, solution | question) - log q(z); the ELBO is log mean w, a lower bound of log p(solution |
+    question) that tightens with G. A thought with joint -inf counts as impossible; a row of them gives weights of 0.
+    Source: 2503.18866 section 3, after IWAE.
+    """
+    log_w_PG = joint_PG - proposal_PG
+    elbo_P = log_w_PG.logsumexp(1) - math.log(log_w_PG.shape[1])
+    return log_w_PG.softmax(1).nan_to_num(0.0), elbo_P
+
+
+# --- data ---
+
+
+class Example(NamedTuple):
+    """One sequence to train on."""
+
+    ids: list  # token ids
+    trained: list  # bool for each id: is it trained on?
+
+
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    before = whole.rpartition(answer)[0]
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
+
+
+def chat_examples(tokenizer, messages):
+    """Every assistant turn of a conversation, each in the context the chat template would give it when sampling.
+
+    Turns share one example as long as the template only appends; where it rewrites earlier turns (some drop the
+    thinking of all turns but the last), the next turn starts an example of its own.
+    """
+    examples = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answer = turn(tokenizer, messages[:i], message["content"])
+        if examples and prompt[: len(examples[-1].ids)] == examples[-1].ids:
+            so_far = examples.pop()
+        else:
+            so_far = Example([], [])
+        between = prompt[len(so_far.ids) :]
+        examples.append(Example(so_far.ids + between + answer,
+                                so_far.trained + [False] * len(between) + [True] * len(answer)))
+    return examples
+
+
+def checked(row, name, kinds, where):
+    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
+    value = row[name]
+    texts = [message.get(key) if isinstance(message, dict) else None for message in value
+             for key in ("role", "content")] if isinstance(value, list) else [value]
+    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
+        wanted = {str: "text", list: "messages with a role and a content"}
+        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
+    return value
+
+
+def row_examples(tokenizer, row, where):
+    """The examples of one row in any of TRL's formats (messages; prompt and completion; text) or one Problem."""
+    if "messages" in row:
+        examples = chat_examples(tokenizer, checked(row, "messages", (list,), where))
+    elif "text" in row:
+        ids = tokenizer(checked(row, "text", (str,), where)).input_ids
+        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+        examples = [Example(ids, [True] * len(ids))]
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
+        if isinstance(completion, list):  # chat: the last message is what is trained
+            prompt, completion = prompt + completion[:-1], completion[-1]["content"]
+        prompt, answer = turn(tokenizer, prompt, completion)
+        examples = [Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
+    else:
+        raise InputError(f"{where}: has columns {sorted(row)}; wanted: messages, or prompt and completion, or text")
+    if not any(any(example.trained[1:]) for example in examples):
+        raise InputError(f"{where}: no token to train on (no assistant turn, or an empty solution)")
+    return examples
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def load_rows(config):
+    """The training data as a list of rows in TRL's formats, and where each stands, for error messages."""
+    name, split = config.dataset_name, config.dataset_train_split
+    if Path(name).exists():
+        rows = read_rows(name, split)
+        if any(key in rows[0] for key in ("messages", "completion", "text")):
+            return rows[: config.n_train or None]
+    problems = load_train_problems(config, error_rate=config.error_rate)
+    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
+            for problem in problems]
+
+
+def make_examples(rows, tokenizer, config):
+    """Every row's examples, those over --max_length left out (and said). Raises InputError where none is left."""
+    examples = [e for i, row in enumerate(rows)
+                for e in row_examples(tokenizer, row, f"--dataset_name {config.dataset_name}: row {i + 1}")]
+    kept = [e for e in examples if len(e.ids) <= config.max_length]
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer")
+    if len(kept) < len(examples):
+        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer "
+              "and left out")
+    return kept
+
+
+FORMATS = {  # what `auto` stands for: without a chat template the format of `chain`, else words for an instruct model
+    False: {"teacher_template": "{prompt}{solution}:", "hint_template": "{right}|{wrong}|{prompt}",
+            "solution_template": "#{answer}", "thought_prefix": "", "thought_suffix": ""},
+    True: {"teacher_template": "{prompt}\n\nThe solution is:\n{solution}\n\nExplain step by step, without referring to "
+                               "this solution, the reasoning by which one finds it.",
+           "hint_template": "{prompt}\n\nA right attempt:\n{right}\n\nA wrong attempt:\n{wrong}\n\nWrite one "
+                            "self-contained, careful derivation that avoids the mistake. Do not mention the attempts.",
+           "solution_template": "{solution}", "thought_prefix": "<think>\n", "thought_suffix": "\n</think>\n"},
+}
+
+
+def fill_formats(config, tokenizer):
+    """Settles the templates that are `auto`."""
+    for name, text in FORMATS[bool(tokenizer.chat_template)].items():
+        if getattr(config, name) == "auto":
+            setattr(config, name, text)
+
+
+def fill(template, prompt, values):
+    """The template with {prompt} and the names of `values` filled in; of a chat, around its last message.
+
+    >>> fill("{prompt} = {answer}", "{answer}", {"answer": "4"})
+    '{answer} = 4'
+    """
+    def around(text):  # in one pass, so that braces in what is filled in stay as they are
+        known = {"prompt": text, **values}
+        return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), template)
+
+    if isinstance(prompt, str):
+        return around(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": around(prompt[-1]["content"])}]
+
+
+def explanation(problem, config):
+    """What stands in a worked solution before the mark of its final answer; InputError where there is no solution.
+
+    >>> explanation(Problem("37+5-8=", "34", "37+5=42;42-8=34#34"), None)
+    '37+5=42;42-8=34'
+    """
+    if not problem.solution:
+        raise InputError(f"--dataset_name {config.dataset_name}: has no worked solutions, which --teacher_sft_steps "
+                         "needs")
+    return re.split(r"\s*#+[^#]*\Z", problem.solution)[0]
+
+
+class Lesson(NamedTuple):
+    """A problem as token ids, to be spliced into what the student and the teacher read."""
+
+    problem: Problem
+    prompt: list  # what the student reads
+    teacher_prompt: list  # what the teacher reads, the solution included
+    solution: list  # the solution, without an end
+
+
+def make_lessons(problems, tokenizer, config):
+    """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
+    lessons = []
+    for problem in problems:
+        values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
+        solution = fill(config.solution_template, "", values)
+        told = fill(config.teacher_template, problem.prompt, {"solution": solution})
+        lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
+                              tokenizer(solution, add_special_tokens=False).input_ids))
+    spare = config.max_length - config.max_completion_length
+    kept = [lesson for lesson in lessons if lesson.solution
+            and max(len(lesson.teacher_prompt), len(lesson.prompt) + len(lesson.solution)) <= spare]
+    if len(kept) < len(lessons):
+        print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
+              "or have an empty solution, and are left out")
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
+    return kept
+
+
+class Tags(NamedTuple):
+    """The token ids around a thought."""
+
+    before: list  # --thought_prefix
+    after: list  # --thought_suffix
+    end: int  # ends a turn
+
+
+def make_tags(tokenizer, config):
+    """The Tags of a tokenizer: encoded by themselves, so that they never merge with what they stand beside."""
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids
+                     for text in (config.thought_prefix, config.thought_suffix))
+    return Tags(before, after, end_of_turn(tokenizer))
+
+
+def thought_of(rollouts, row):
+    """A sampled explanation's token ids, without the token that ended it."""
+    return rollouts.ids(row)[: -1 if rollouts.finished_R[row] else None]
+
+
+def scored_example(lesson, thought, tags):
+    """What the student reads of an explanation; marked are the thought and the solution, not the tags between."""
+    parts = [(lesson.prompt + tags.before, False), (thought, True), (tags.after, False), (lesson.solution, True)]
+    return Example([token for ids, _ in parts for token in ids], [mark for ids, mark in parts for _ in ids])
+
+
+class Trace(NamedTuple):
+    """A completion to train on, and the two contexts it is read in."""
+
+    question: str | list  # as the data has it
+    prompt: list  # the student's context, token ids
+    completion: list  # token ids, the end included
+    teacher_prompt: list  # the teacher's context
+
+
+def trace_example(prompt, completion):
+    """The Example of a context and the completion that is trained on."""
+    return Example(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+
+def explained(lesson, thought, tags):
+    """The Trace that teaches a student to think this thought and then say the solution."""
+    completion = tags.before + thought + tags.after + lesson.solution + [tags.end]
+    return Trace(lesson.problem.prompt, lesson.prompt, completion, lesson.prompt)
+
+
+def write_traces(run, traces, tokenizer):
+    """traces.jsonl: a row a trace, which sft.py can train on, with the token ids that this script reads back."""
+    with open(run / "traces.tmp", "w") as file:
+        for trace in traces:
+            text = tokenizer.decode(trace.completion[:-1], clean_up_tokenization_spaces=False)
+            file.write(json.dumps({"prompt": trace.question, "completion": text, "prompt_ids": trace.prompt,
+                                   "completion_ids": trace.completion,
+                                   "teacher_prompt_ids": trace.teacher_prompt}) + "\n")
+    os.replace(run / "traces.tmp", run / "traces.jsonl")
+
+
+def read_traces(path):
+    """What write_traces wrote."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Trace(row["prompt"], row["prompt_ids"], row["completion_ids"], row["teacher_prompt_ids"]) for row in rows]
+
+
+def rows_of_step(n_rows, rows_per_step, step, seed):
+    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
+
+    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
+    """
+    first, indices = step * rows_per_step, []
+    while len(indices) < rows_per_step:
+        epoch, offset = divmod(first + len(indices), n_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
+    return indices
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
+
+
+class Batch(NamedTuple):
+    """The tensors of one forward."""
+
+    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
+    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
+    where_N: torch.Tensor  # the true places of mask_BS, flattened
+    rows: list  # the index of each row in its step
+
+
+def collate(examples, rows, device):
+    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
+    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
+    width = max(len(example.ids) for example in chosen)
+    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
+    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
+    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
+    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
+
+
+# --- model ---
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, temperature=1.0, entropy=False):
+        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
+
+        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
+        """
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
+        B, S = batch.mask_BS.shape
+        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
+                     for x_N in found)
+
+
+class Learner(Policy):
+    """A Policy that can also hand what meets its head to a function, for losses that need more than log-probs."""
+
+    def forward(self, batch, temperature=1.0, entropy=False, judge=None):
+        """judge(hidden_ND, weight_VD, targets_N) of the trained positions; without a judge, what Policy returns."""
+        if judge is None:
+            return super().forward(batch, temperature, entropy)
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        return judge(hidden_BSD.flatten(0, 1)[batch.where_N], self.model.get_output_embeddings().weight,
+                     batch.ids_BT[:, 1:].flatten()[batch.where_N])
+
+
+class World(NamedTuple):
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start_world(config):
+    """Joins the processes that torchrun started, or stands alone."""
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 or config.fsdp:
+        store = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=config.ddp_timeout), **store)
+    return World(rank, size, device)
+
+
+def barrier():
+    """All processes meet here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values, world):
+    """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def on_rank_0(function, world):
+    """What function() returns on rank 0, or raises there as InputError, on every process."""
+    outcome = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def distribute_learner(model, config, world):
+    """The Learner of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(Learner(model.train().to(world.device)), config)
+    ddp = world.size > 1 and not config.fsdp
+    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
+
+
+def shard(policy, config):
+    """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
+    if config.fsdp:
+        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
+        for layer in policy.model.base_model.layers:
+            fully_shard(layer, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    return policy
+
+
+def unwrap(policy):
+    """The Policy inside DDP; never for a forward whose gradient is wanted, which must go through the wrapper."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
+
+
+def make_decoder(model, config):
+    """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
+    if not config.fsdp and not torch.cuda.is_available():
+        return model
+    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(decoder, policy):
+    """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
+    check_weights(policy)
+    for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
+        if target is not source:
+            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
+def check_weights(policy):
+    """Raises RunError, on every process, where a weight is not finite: such a policy is neither sampled nor saved."""
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in policy.parameters()]
+    total = sum(part.detach().sum() for part in parts)  # finite only if every term is
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    if not total.isfinite():
+        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
+
+
+def make_optimizer(policy, config):
+    """AdamW; decay on matrices only. Its learning rate is set at each step."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def scheduled_rate(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
+
+    The first step already moves (transformers' own schedules spend it at rate 0).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def train_step(policy, optimizer, batches, loss_of, step, config, world):
+    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
+
+    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
+    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
+    finite, nothing moves: neither the weights nor the optimizer.
+    """
+    sums = {"loss": 0.0}
+    for i, batch in enumerate(batches):
+        waits = isinstance(policy, DistributedDataParallel) and i < len(batches) - 1  # gradients travel once a step
+        with policy.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+                loss, numbers = loss_of(policy, batch)
+            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the sum is meant
+        for name, value in {"loss": loss.detach(), **numbers}.items():
+            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, config)
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers, taken
+
+
+def load_other(name_or_path, flag_name, tokenizer, config, world, dtype=None):
+    """Another model than the trained one, frozen, on the device; InputError unless its tokens are the tokenizer's."""
+    model, other = load_model(name_or_path, dtype or (torch.bfloat16 if config.bf16 else torch.float32), config.seed,
+                              config.chat_template)
+    check_vocabulary(tokenizer.get_vocab(), other.get_vocab(), f"--{flag_name} {name_or_path}")
+    return model.eval().requires_grad_(False).to(world.device)
+
+
+def check_vocabulary(vocabulary, other, flag):
+    """Raises InputError unless every token of the one has the same id in the other, which may have more."""
+    differing = [token for token, number in vocabulary.items() if other.get(token) != number]
+    if differing:
+        raise InputError(f"{flag}: another vocabulary: {len(differing)} of {len(vocabulary)} tokens differ, such as "
+                         f"{min(differing)!r}")
+
+
+def head_weight(model):
+    """The whole weight of a frozen model's head; under FSDP every process gathers it, once."""
+    weight = model.get_output_embeddings().weight
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def check_same_weights(frozen, state, flag, config):
+    """InputError where the frozen model is no longer the one that this run began with."""
+    digest = hashlib.sha256()
+    for parameter in frozen.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        digest.update(local.cpu().view(torch.uint8).numpy().tobytes())
+    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest() and not config.fsdp:
+        raise InputError(f"{flag}: not the weights this run began with")
+
+
+def sharded_again(reference):
+    """The reference; under FSDP its last forward has left the root's weights gathered, in the forward's precision."""
+    if isinstance(reference, FSDPModule):
+        reference.reshard()
+    return reference
+
+
+@torch.no_grad()
+def follow(reference, policy, share):
+    """Moves the reference's weights by this share of the way to the policy's."""
+    for target, source in zip(sharded_again(reference).parameters(), unwrap(policy).parameters()):
+        target.mul_(1 - share).add_(source, alpha=share)
+
+
+def reference_tensors(reference):
+    """What a checkpoint must hold of the reference, which has moved: all its weights; none where there is none."""
+    named = sharded_again(reference).named_parameters() if reference is not None else ()
+    return {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in named}
+
+
+@torch.no_grad()
+def restore_reference(reference, tensors):
+    """Gives the reference the weights that reference_tensors had of it."""
+    for name, weight in reference.named_parameters() if reference is not None else ():
+        saved = tensors[name].to(weight.device)
+        weight.copy_(distribute_tensor(saved, weight.device_mesh, weight.placements) if isinstance(weight, DTensor)
+                     else saved)
+
+
+# --- run ---
+
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why. Scripts print it and exit with 1; the last checkpoint is whole."""
+
+
+def write_json(path, value):
+    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append_line(path, value):
+    """Adds one JSON line to a file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def sha256(path):
+    """SHA-256 of a file's bytes, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Has the system write a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fault_of(checkpoint):
+    """What is wrong with a checkpoint, in words, or None: every file must have the size and hash of the manifest."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, (size, digest) in manifest.items():
+            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, AttributeError):
+        return "manifest.json is damaged"
+    return None
+
+
+def newest_checkpoint(run):
+    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
+    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+    for checkpoint in found:
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"{checkpoint}: {fault}; falling back to the checkpoint before it", file=sys.stderr)
+    if found:
+        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
+    return None
+
+
+def weight_tensors(policy):
+    """The policy's weights by name, sharing their memory."""
+    return {name: parameter.detach() for name, parameter in unwrap(policy).named_parameters()}
+
+
+def optimizer_tensors(policy, optimizer):
+    """The optimizer's state as a flat dict of tensors, `parameter name.state name`; zeros where it has not begun."""
+    tensors = {}
+    for name, parameter in unwrap(policy).named_parameters():
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            if not state:
+                state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                             exp_avg_sq=torch.zeros_like(parameter))
+            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
+    return tensors
+
+
+def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors=None):
+    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two.
+
+    `state` is a dict for JSON with its "step"; `tensors` whatever else must survive. Everything is written under
+    another name, synced, listed in a manifest with sizes and hashes, and renamed. Without --fsdp the folder is also
+    a model that from_pretrained loads. Raises RunError where the disk does not take it; older ones stay.
+    """
+    final = run / "checkpoints" / f"step_{state['step']}"
+    aside = final.with_name(final.name + ".tmp")
+    check_weights(policy)
+    try:
+        if world.rank == 0:
+            for left in final.parent.glob("*.tmp"):  # by a save that was killed
+                shutil.rmtree(left)
+            aside.mkdir(parents=True)
+        barrier()
+        if config.fsdp:
+            shards = {**weight_tensors(policy), **optimizer_tensors(policy, optimizer)}
+            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(aside / "shards"), save_distributed=True))
+        if world.rank == 0:
+            model = unwrap(policy).model
+            if config.fsdp:
+                model.config.save_pretrained(aside)
+            else:
+                model.save_pretrained(aside)
+                save_file(optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
+            tokenizer.save_pretrained(aside)
+            save_file(tensors or {}, aside / "tensors.safetensors")
+            write_json(aside / "state.json", state)
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            for path in files:
+                sync(path)
+            write_json(aside / "manifest.json",
+                       {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
+            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            os.rename(aside, final)
+            sync(final.parent)
+            older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
+            keep = max((step for step in older if step < state["step"]), default=None)
+            for step in set(older) - {keep}:  # later ones belong to a course that was given up
+                shutil.rmtree(older[step])
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
+                       "kept, and the same command continues from them") from error
+    barrier()
+
+
+def load_checkpoint(checkpoint, policy, optimizer, config):
+    """Brings the optimizer (and under FSDP the weights) back, in place: (state, tensors) as they were saved."""
+    saved = optimizer_tensors(policy, optimizer)
+    if config.fsdp:
+        shards = {**weight_tensors(policy), **saved}
+        dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(checkpoint / "shards")))
+    else:
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            saved[name].copy_(tensor)
+    return json.loads((checkpoint / "state.json").read_text()), load_file(checkpoint / "tensors.safetensors")
+
+
+FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
+              "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
+              "per_device_train_batch_size", "gradient_accumulation_steps"}  # may change when a run is continued
+
+
+def open_run(config, args):
+    """Looks at --output_dir before any long work: (the checkpoint to continue from or None, is the run finished?).
+
+    An unfinished run with the same flags is continued; anything else found in the folder raises InputError.
+    """
+    run = Path(config.output_dir)
+    model = Path(config.model_name_or_path).resolve()
+    if run.resolve() in (model, *model.parents):
+        raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
+    chosen = None if config.resume_from_checkpoint == "auto" else Path(config.resume_from_checkpoint)
+    if chosen and (fault := "--overwrite deletes it" if config.overwrite else fault_of(chosen)):
+        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
+    if config.overwrite and (run / "args.json").is_file():
+        for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+        if chosen:
+            raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
+        return None, False
+    if not (run / "args.json").is_file():
+        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
+    try:
+        before = json.loads((run / "args.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
+    for name in ("script", "rows_per_step"):
+        if before[name] != args[name]:
+            raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
+                             "--overwrite deletes it")
+    for name, value in args["flags"].items():
+        if name not in FREE_FLAGS and before["flags"].get(name) != value:
+            raise InputError(f"--{name} {value}: the run in --output_dir {run} has {before['flags'].get(name)}; "
+                             "--overwrite deletes it")
+    if before["finished"]:
+        print(f"{run}: finished already; --overwrite starts over")
+        return None, True
+    return chosen or newest_checkpoint(run), False
+
+
+def run_args(config, world):
+    """What args.json says: every flag, and all else one needs to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "git_commit": git.stdout.strip() or None, "finished": False}
+
+
+def begin_run(config, world, resume, args, data):
+    """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
+
+    `data` is hashed, so that a run is never continued on other data: InputError.
+    """
+    run, digest = Path(config.output_dir), hashlib.sha256(repr(data).encode()).hexdigest()
+    if world.rank != 0:
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        write_json(run / "args.json", {**args, "data_sha256": digest})
+    elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
+        raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
+                         "over")
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
+            path.with_suffix(".tmp").write_text("".join(lines))
+            os.replace(path.with_suffix(".tmp"), path)
+    print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
+    return run
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+
+    def agreed(self, world):
+        """The signal any process has received, the same on all of them; 0 for none."""
+        number = torch.tensor(self.number, device=world.device)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+class Log:
+    """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
+
+    def __init__(self, run, config, world):
+        self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
+        self.began, self.steps_done = time.perf_counter(), 0
+        if self.active and config.report_to == "wandb":
+            import wandb
+            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=asdict(config),
+                                    id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12], resume="allow")
+
+    def step(self, step, numbers, show, tokens, seconds):
+        """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
+        repeatable from run to run; all others are."""
+        self.steps_done += 1
+        if not self.active:
+            return
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                "time/peak_memory_gb": memory / 2**30}
+        append_line(self.path, line)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        if step % self.config.logging_steps == 0 or step == self.config.max_steps:
+            mean = (time.perf_counter() - self.began) / self.steps_done
+            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
+            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
+                  f"{mean:.2f} s/step  eta {left}", flush=True)
+
+
+def peak_rss():
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def end_run(run, policy, tokenizer, world):
+    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
+    model = unwrap(policy).model
+    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()
+               if isinstance(parameter, DTensor)} or None
+    if world.rank == 0:
+        aside = run / "export.tmp"
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        for path in aside.iterdir():
+            os.replace(path, run / path.name)
+        aside.rmdir()
+        plot_runs([run], run / "curves.png")
+        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+    barrier()
+
+
+def check_frame(config):
+    """Raises InputError for flags that every script has and that cannot be meant."""
+    choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
+               "report_to": ("none", "wandb")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
+              "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
+              "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
+              "eval_steps": 0, "n_train": 0, "seed": 0}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    if "{prompt}" not in config.prompt_template:
+        raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
+
+
+def note_step(run, state, taken, rows, config, world):
+    """Counts the step; one not taken is written down with its rows. RunError after --max_bad_steps in a row."""
+    state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
+    if taken:
+        return
+    if world.rank == 0:
+        append_line(run / "bad_steps.jsonl", {"step": state["step"], "rows": rows})
+        print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
+              f"{run / 'bad_steps.jsonl'}", file=sys.stderr)
+    if state["bad_steps"] >= config.max_bad_steps:
+        raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
+                       "(--max_bad_steps); the weights are those of the last good step")
+
+
+def load_eval_problems(config):
+    """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
+    name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if not config.eval_steps or not name:
+        return []
+    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
+                         domains=config.domains, prompt_column=config.prompt_column,
+                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+
+
+def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
+    """Greedy accuracy on `problems` by eval.py's own path: numbers to log; a few samples go to samples.jsonl."""
+    refresh(decoder, policy)
+    numbers = {}
+    if world.rank == 0:
+        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
+        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        if len(result["by_level"]) > 1:
+            numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
+        for record in result["records"][:4]:
+            append_line(run / "samples.jsonl", {"step": step, **record})
+    barrier()
+    return numbers
+
+
+def fill_learning_rate(config, model, small, large):
+    """Settles --learning_rate 0: `small` for a model under 10 M parameters, else `large`."""
+    config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
+
+
+def show_example(example, tokenizer):
+    """Prints one example; what is trained on stands in green, or in brackets where the output is not a terminal."""
+    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    text, inside = "", False
+    for token, trained in zip(example.ids, example.trained):
+        text += (end if inside and not trained else "") + (begin if trained and not inside else "")
+        text, inside = text + tokenizer.decode([token]), trained
+    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
+
+
+def read_config(Config):
+    """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                              formatter_class=RawDescriptionHelpFormatter)
+
+    def fail(message):  # argparse would print the usage too
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    return config
+
+
+def launch(main, Config):
+    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped."""
+    code = 0
+    try:
+        main(read_config(Config))
+    except (InputError, RunError, OSError, SafetensorError) as error:
+        code = 2 if isinstance(error, InputError) else 1
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# --- rollout ---
+
+
+def sample(decoder, tokenizer, prompts, n, number, config, world):
+    """n completions of every prompt, shared out over the processes: Rollouts of all rows, on every process.
+
+    Random numbers belong to (seed, number, prompt, sample), so they are the same however many processes there are.
+    """
+    mine = range(world.rank, len(prompts), world.size)
+    found = generate(decoder, tokenizer, [prompts[i] for i in mine], n, config.max_completion_length,
+                     config.temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine)
+    if world.size == 1:
+        return found
+    parts = [None] * world.size
+    dist.all_gather_object(parts, found)
+    order_R = torch.tensor([i * n + j for rank in range(world.size)
+                            for i in range(rank, len(prompts), world.size) for j in range(n)]).argsort()
+    return Rollouts(*(torch.cat([getattr(part, name) for part in parts])[order_R]
+                      for name in ("tokens_RT", "logps_RT", "lengths_R", "finished_R")))
+
+
+@torch.no_grad()
+def score_rows(model, examples, n_scores, measure, config, world, temperature=1.0):
+    """measure(logps_BS, batch) -> n_scores tensors [B], for all examples: as many tensors [R], on every process."""
+    scores = torch.zeros(n_scores, len(examples), device=world.device)
+    for rows in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
+                              config.micro_batch_tokens, world):
+        batch = collate(examples, rows, world.device)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            logps_BS, _ = model(batch, temperature)
+        if rows:
+            scores[:, rows] = torch.stack(measure(logps_BS, batch))
+    if dist.is_initialized():
+        dist.all_reduce(scores)  # each row was one process's, 0 on the others
+    return tuple(scores.cpu())
+
+
+def score_explanations(student, lessons, rollouts, tags, config, world):
+    """(understanding_R, implausibility_R) of the sampled explanations, rows of one lesson side by side.
+
+    The teacher's log-probs are those it sampled with; the student's come from one forward over what it would read.
+    """
+    G = len(rollouts.lengths_R) // len(lessons)
+    thoughts = [thought_of(rollouts, row) for row in range(len(rollouts.lengths_R))]
+    examples = [scored_example(lessons[row // G], thought, tags) for row, thought in enumerate(thoughts)]
+
+    def measure(logps_BS, batch):
+        lengths = [len(thoughts[row]) for row in batch.rows]
+        n_B1 = torch.tensor(lengths, device=world.device)[:, None]
+        thought_BS = batch.mask_BS & (batch.mask_BS.cumsum(1) <= n_B1)  # the first marked tokens; the solution follows
+        sampled_N = torch.cat([rollouts.logps_RT[row, :n] for row, n in zip(batch.rows, lengths)]).to(logps_BS)
+        teacher_BS = torch.zeros_like(logps_BS).masked_scatter(thought_BS, sampled_N)
+        return (understanding(logps_BS, batch.mask_BS & ~thought_BS, config.rlt_alpha),
+                implausibility(teacher_BS, logps_BS, thought_BS, config.rlt_alpha))
+
+    return score_rows(student, examples, 2, measure, config, world, config.temperature)
+
+
+def rlt_traces(sampler, tokenizer, problems, config, world):
+    """One explanation of every problem by the teacher, as it wrote it: no choice, no rewriting, no check."""
+    lessons, tags = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config)
+    rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], 1, 0, config, world)
+    traces = [explained(lesson, thought_of(rollouts, row), tags) for row, lesson in enumerate(lessons)]
+    return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+
+
+def right_and_wrong(texts, answer):
+    """(right, wrong): the first right text, and the first that gives the most frequent wrong answer; None: no such.
+
+    >>> right_and_wrong(["a#3", "b#4", "c#5", "d#5", "no"], "4")
+    ('b#4', 'c#5')
+    """
+    right = next((text for text in texts if verify(text, answer)), None)
+    given = [(answer_key(extract_answer(text)), text) for text in texts
+             if extract_answer(text) is not None and not verify(text, answer)]
+    common = Counter(key for key, _ in given).most_common(1)
+    return right, next((text for key, text in given if key == common[0][0]), None)
+
+
+def ssb_traces(sampler, tokenizer, problems, config, world):
+    """For every problem the model gets right and wrong: what it writes on seeing both, if that ends in the answer.
+
+    Source: semantic soft bootstrapping 2512.05105; its end-of-turn token is trained here, or nothing would stop.
+    """
+    G, prompts = config.num_generations, [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    texts = sample(sampler, tokenizer, prompts, G, 0, config, world).texts(tokenizer)
+    found = [right_and_wrong(texts[i * G : (i + 1) * G], problem.answer) for i, problem in enumerate(problems)]
+    mixed = [i for i, (right, wrong) in enumerate(found) if right is not None and wrong is not None]
+    hinted = [encode_prompt(tokenizer, fill(config.hint_template, problems[i].prompt,
+                                            dict(zip(("right", "wrong"), found[i])))) for i in mixed]
+    rollouts = sample(sampler, tokenizer, hinted, 1, 1, config, world)
+    passed = [verify(text, problems[i].answer) and bool(done)
+              for i, text, done in zip(mixed, rollouts.texts(tokenizer), rollouts.finished_R)]
+    traces = [Trace(problems[i].prompt, prompts[i], rollouts.ids(row), hinted[row])
+              for row, i in enumerate(mixed) if passed[row]]
+    return traces, {"data/mixed": len(mixed) / len(problems), "data/kept": len(traces) / len(problems)}
+
+
+def with_demonstrations(prompt, shown):
+    """The prompt after worked examples (prompt, completion): turns of a chat, or lines of text."""
+    if isinstance(prompt, str) and all(isinstance(text, str) for pair in shown for text in pair):
+        return "".join(f"{question}{answer}\n" for question, answer in shown) + prompt
+    turns = [message for question, answer in shown for message in (
+        {"role": "user", "content": question}, {"role": "assistant", "content": answer})]
+    return turns + prompt
+
+
+def bootstrap_traces(sampler, tokenizer, problems, config, world):
+    """The first sample of every problem that is right, has ended and keeps the thought budget.
+
+    Source: BOLT 2502.03860 stages 1 and 2; the budget as an input that SFT makes a control: 2506.02338.
+    """
+    shown = [[]] * len(problems)
+    if config.demonstrations:
+        rows = read_rows(config.demonstrations)
+        pairs = [(row["prompt"], row["completion"]) for row in rows]
+        shown = [[pairs[j] for j in np.random.default_rng([config.seed, i]).permutation(len(pairs))[: config.n_shots]]
+                 for i in range(len(problems))]
+    asked = [problem.prompt for problem in problems]
+    if tokenizer.chat_template:
+        asked = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
+    prompts = [encode_prompt(tokenizer, with_demonstrations(*pair)) for pair in zip(asked, shown)]
+    G, traces = config.num_generations, []
+    rollouts = sample(sampler, tokenizer, prompts, G, 0, config, world)
+    texts, lengths = rollouts.texts(tokenizer), rollouts.lengths_R.tolist()
+    for i, problem in enumerate(problems):
+        for row in range(i * G, (i + 1) * G):
+            fits = config.min_thought_tokens <= lengths[row] <= (config.max_thought_tokens or math.inf)
+            if fits and rollouts.finished_R[row] and verify(texts[row], problem.answer):
+                budget = {"budget": str(1 << (lengths[row] - 1).bit_length())}
+                question = fill(config.budget_template, problem.prompt, budget)
+                ids = encode_prompt(tokenizer, question)
+                traces.append(Trace(question, ids, rollouts.ids(row), ids))
+                break
+    return traces, {"data/kept": len(traces) / len(problems)}
+
+
+def em_traces(sampler, tokenizer, problems, config, world):
+    """One latent thought a problem, drawn by weight from samples of the posterior, for both orders of training.
+
+    The same model reads the question and the solution and samples thoughts (posterior), and scores thought and
+    solution from the question alone (prior). Half of the traces, by the seed, train the one, half the other.
+    Source: 2503.18866 section 3 (the E-step; training on the traces from the first weights is the M-step).
+    """
+    lessons, tags, G = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config), config.num_generations
+    rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], G, 0, config, world)
+    traces = [explained(lessons[row // G], thought_of(rollouts, row), tags) for row in range(len(lessons) * G)]
+    examples = [trace_example(trace.prompt, trace.completion) for trace in traces]
+    joint_R, = score_rows(Learner(sampler), examples, 1, lambda logps_BS, batch: (logps_BS.sum(1),), config, world)
+    joint_R = joint_R.masked_fill(~rollouts.finished_R, -math.inf)  # a thought without an end is none
+    T = rollouts.logps_RT.shape[1]
+    proposal_R = (rollouts.logps_RT * (torch.arange(T) < rollouts.lengths_R[:, None])).sum(1)
+    weights_PG, elbo_P = thought_weights(joint_R.view(-1, G), proposal_R.view(-1, G))
+    rng, chosen = np.random.default_rng([config.seed, 2]), []
+    for i, lesson in enumerate(lessons):
+        point, prior = rng.random(2)
+        if weights_PG[i].sum() > 0:
+            row = i * G + min(int(torch.searchsorted(weights_PG[i].cumsum(0), point)), G - 1)
+            posterior = Trace(lesson.problem.prompt, lesson.teacher_prompt, rollouts.ids(row), lesson.teacher_prompt)
+            chosen.append(traces[row] if prior < 0.5 else posterior)
+    known = elbo_P[elbo_P.isfinite()]
+    elbo = float(known.mean()) if len(known) else -math.inf
+    return chosen, {"data/kept": len(chosen) / len(lessons), "data/elbo": elbo}
+
+
+def teacher_traces(sampler, tokenizer, examples, config, world):
+    """The teacher's own completions of the examples' prompts."""
+    prompts = [prompt_of(example) for example in examples]
+    rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world)
+    found = [Trace(tokenizer.decode(prompt), prompt, rollouts.ids(i), prompt) for i, prompt in enumerate(prompts)]
+    return found, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+
+
+def prompt_of(example):
+    """The ids before the last run of trained tokens: what a completion would be sampled from."""
+    begins = [i for i, mark in enumerate(example.trained) if mark and not (i and example.trained[i - 1])]
+    return example.ids[: begins[-1]]
+
+
+# --- stages ---
+
+
+class Reinforce:
+    """Stage `teacher` of rlt: each step samples explanations, has the student judge them, and trains on the verdict."""
+
+    def __init__(self, tokenizer, config, world, resume):
+        self.tokenizer, self.config, self.world = tokenizer, config, world
+        self.lessons = make_lessons(load_train_problems(config), tokenizer, config)
+        self.tags = make_tags(tokenizer, config)
+        self.data, self.about, self.traces = self.lessons, {}, None
+        self.frozen_flag = f"--model_name_or_path {config.model_name_or_path}"
+        student = load_other(config.model_name_or_path, "model_name_or_path", tokenizer, config, world)
+        self.n_ids = student.get_input_embeddings().num_embeddings
+        self.frozen, self.reference = shard(Learner(student), config), None
+        if config.beta:  # the teacher as it begins, in float32, because it will move by small shares
+            start = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config,
+                               world, torch.float32)
+            self.reference = shard(Learner(start), config)
+
+    def begin(self, step, decoder):
+        """Rolls out step `step`: (indices of its problems, the numbers to log); sets examples and lengths."""
+        config, G = self.config, self.config.num_generations
+        n_problems = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size // G
+        picked = rows_of_step(len(self.lessons), n_problems, step, config.seed)
+        lessons_P = [self.lessons[i] for i in picked]
+        rollouts = sample(decoder, self.tokenizer, [lesson.teacher_prompt for lesson in lessons_P], G, step, config,
+                          self.world)
+        if int(rollouts.tokens_RT.max()) >= self.n_ids:
+            raise RunError(f"the teacher sampled token id {int(rollouts.tokens_RT.max())}, which the student lacks")
+        clear_R, forced_R = score_explanations(self.frozen, lessons_P, rollouts, self.tags, config, self.world)
+        cut_R = ~rollouts.finished_R
+        rewards_PG = (clear_R - config.rlt_lambda * forced_R - config.format_penalty * cut_R).view(-1, G)
+        if not rewards_PG.isfinite().all():
+            raise RunError("the student gave an explanation a log-probability that is not finite")
+        self.advantages_R = group_advantages(rewards_PG, "group").flatten()
+        moves_R = (self.advantages_R != 0) | bool(config.beta)  # without advantage and KL the gradient is zero
+        self.rows = moves_R.nonzero()[:, 0].tolist()
+        self.examples = [trace_example(lessons_P[row // G].teacher_prompt, rollouts.ids(row)) for row in self.rows]
+        self.lengths, self.n_tokens = [len(e.ids) for e in self.examples], int(rollouts.lengths_R.sum())
+        lengths_R = rollouts.lengths_R.float()
+        numbers = {"reward": rewards_PG.mean(), "reward_std": rewards_PG.std(1).mean(),
+                   "frac_reward_zero_std": silent_groups(rewards_PG).float().mean(),
+                   "rewards/understanding/mean": clear_R.mean(), "rewards/implausibility/mean": forced_R.mean(),
+                   "completions/mean_length": lengths_R.mean(), "completions/clipped_ratio": cut_R.float().mean()}
+        self.samples = [{"prompt": lessons_P[0].problem.prompt, "completion": text, "reward": float(reward)}
+                        for text, reward in zip(rollouts.texts(self.tokenizer)[:2], rewards_PG[0])]
+        return picked, {name: float(value) for name, value in numbers.items()}
+
+    def loss_of(self, policy, batch):
+        """The batch's share of the step's loss, and of the numbers logged."""
+        config = self.config
+        logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
+        advantages_B = logps_BS.new_zeros(len(batch.mask_BS))  # a batch without rows has one that trains nothing
+        advantages_B[: len(batch.rows)] = self.advantages_R[[self.rows[i] for i in batch.rows]].to(logps_BS)
+        numbers, reference_logps_BS = {"entropy": entropy_BS.detach().sum() / self.n_tokens}, None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_logps_BS, _ = self.reference(batch, config.temperature)
+            kl_BS = kl_k3(logps_BS.detach(), reference_logps_BS)
+            numbers["kl"] = (kl_BS * batch.mask_BS).sum() / self.n_tokens
+        loss = teacher_loss(logps_BS, reference_logps_BS, advantages_B, batch.mask_BS, config.beta,
+                            len(self.advantages_R))
+        return loss, numbers
+
+
+class Imitate:
+    """Every other stage: examples, made before the first step or by the student in each, with or without a teacher.
+
+    Student and teacher read a completion in contexts that may differ; the trained tokens are the same, in one order.
+    """
+
+    def __init__(self, tokenizer, config, world, resume):
+        self.tokenizer, self.config, self.world = tokenizer, config, world
+        self.frozen, self.reference, self.traces, self.about = None, None, None, {}
+        if config.stage == "warm_up":
+            self.pool = make_warm_up(tokenizer, config)
+        elif config.method in ("logits", "on_policy"):
+            self.pool = pruned(make_examples(load_rows(config), tokenizer, config), config)
+        given = config.stage == "warm_up" or config.method in ("logits", "on_policy")
+        if not given or config.completions == "teacher":
+            self.traces = read_traces(Path(config.output_dir) / "traces.jsonl") if resume else self.make_traces()
+            self.pool = [trace_example(trace.prompt, trace.completion) for trace in self.traces]
+        self.teacher_pool = self.pool
+        if self.traces and any(trace.teacher_prompt != trace.prompt for trace in self.traces):
+            self.teacher_pool = [trace_example(trace.teacher_prompt, trace.completion) for trace in self.traces]
+        self.data = [self.pool, self.teacher_pool]
+        if config.method == "on_policy" and not all(map(prompt_of, self.pool)):
+            raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
+        if config.kd_weight:
+            self.frozen_flag = f"--teacher_model_name_or_path {config.teacher_model_name_or_path}"
+            teacher = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config,
+                                 world)
+            if softcap(teacher) is not None:
+                raise InputError(f"{self.frozen_flag}: caps its logits, which the divergence does not support")
+            self.frozen = shard(Learner(teacher), config)
+            self.head_VH = head_weight(teacher)
+
+    def make_traces(self):
+        """The traces of this stage, sampled by the teacher or what takes its place; InputError where none is left."""
+        config, tokenizer, world = self.config, self.tokenizer, self.world
+        sampler = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config, world)
+        if config.method == "logits":
+            examples = self.pool[: config.n_traces or None]
+            traces, self.about = teacher_traces(sampler, tokenizer, examples, config, world)
+        else:
+            problems = load_train_problems(config)[: config.n_traces or None]
+            make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces}[config.method]
+            make = em_traces if config.rounds else make
+            traces, self.about = make(sampler, tokenizer, problems, config, world)
+        largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
+        kept = [trace for trace in traces if max(trace.completion) <= largest
+                and max(map(len, (trace.prompt, trace.teacher_prompt))) + len(trace.completion) <= config.max_length]
+        if not kept:
+            raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on "
+                             f"({', '.join(f'{name} {value:.3g}' for name, value in self.about.items())})")
+        self.about["data/traces"] = len(kept)
+        if world.rank == 0:
+            print(f"{len(kept)} traces: " + ", ".join(f"{name} {value:.4g}" for name, value in self.about.items()))
+        return kept
+
+    def begin(self, step, decoder):
+        """Chooses the rows of step `step`, sampling those that are the student's: (their indices, numbers to log)."""
+        config = self.config
+        n_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
+        picked, numbers = rows_of_step(len(self.pool), n_rows, step, config.seed), {}
+        self.examples = self.teacher_examples = [self.pool[i] for i in picked]
+        if self.teacher_pool is not self.pool:
+            self.teacher_examples = [self.teacher_pool[i] for i in picked]
+        if config.method == "on_policy":
+            own = np.flatnonzero(np.random.default_rng([config.seed, step, 1]).random(n_rows) < config.lmbda).tolist()
+            prompts = [prompt_of(self.examples[row]) for row in own]
+            rollouts = sample(decoder, self.tokenizer, prompts, 1, step, config, self.world)
+            for i, row in enumerate(own):
+                self.examples[row] = trace_example(prompts[i], rollouts.ids(i))
+            if own:
+                numbers = {"completions/mean_length": float(rollouts.lengths_R.float().mean()),
+                           "completions/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+        self.lengths = [max(len(pair[0].ids), len(pair[1].ids)) for pair in zip(self.examples, self.teacher_examples)]
+        self.n_tokens = sum(sum(example.trained[1:]) for example in self.examples)
+        return picked, {**numbers, "num_tokens": self.n_tokens}
+
+    def loss_of(self, policy, batch):
+        """The batch's share of the step's loss, and of the numbers logged."""
+        config = self.config
+        if self.frozen is None:
+            logps_BS, _ = policy(batch)
+            return -logps_BS.sum() / self.n_tokens, {}  # 0 at untrained places
+        theirs = batch
+        if self.teacher_examples is not self.examples:
+            theirs = collate(self.teacher_examples, batch.rows, self.world.device)
+        with torch.no_grad():
+            teacher_hidden_NH = self.frozen(theirs, judge=lambda hidden_NH, weight_VH, targets_N: hidden_NH)
+
+        def judge(hidden_ND, weight_VD, targets_N):
+            kl_N = divergence(hidden_ND, weight_VD, teacher_hidden_NH, self.head_VH, config)
+            if config.kd_weight == 1:
+                return kl_N, kl_N.new_zeros(len(kl_N))
+            return kl_N, -linear_logps(hidden_ND, weight_VD, targets_N, entropy=False)[0]
+
+        kl_N, nll_N = policy(batch, judge=judge)
+        # the gradient of a divergence at temperature tau is tau^2 smaller than at 1
+        loss_N = config.kd_weight * config.kd_temperature**2 * kl_N + (1 - config.kd_weight) * nll_N
+        numbers = {"divergence": kl_N.detach().sum() / self.n_tokens}
+        if config.kd_weight < 1:
+            numbers["nll"] = nll_N.detach().sum() / self.n_tokens
+        return loss_N.sum() / self.n_tokens, numbers
+
+
+def make_warm_up(tokenizer, config):
+    """What teaches a teacher its format: the problems' own solutions, question and final answer given."""
+    examples = []
+    for lesson in make_lessons(load_train_problems(config, config.error_rate), tokenizer, config):
+        thought = tokenizer(explanation(lesson.problem, config), add_special_tokens=False).input_ids
+        examples.append(trace_example(lesson.teacher_prompt, thought + [end_of_turn(tokenizer)]))
+    return examples
+
+
+def pruned(examples, config):
+    """A random 1 - prune_fraction of the examples, one at the least, in their order."""
+    n_kept = max(1, round(len(examples) * (1 - config.prune_fraction)))
+    kept = np.random.default_rng([config.seed, 3]).permutation(len(examples))[:n_kept]
+    return [examples[i] for i in sorted(kept.tolist())]
+
+
+# --- main ---
+
+
+def check_config(config):
+    """Raises InputError for flags of this script that cannot be meant; fills in what depends on --method."""
+    choices = {"method": ("rlt", "ssb", "logits", "on_policy", "bootstrap"),
+               "stage": ("all", "warm_up", "teacher", "student"), "completions": ("dataset", "teacher"),
+               "divergence": ("auto", "forward", "reverse", "jsd")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    lowest = {"kd_temperature": 0, "kd_topk": 0, "teacher_sft_steps": 0, "teacher_steps": 1, "teacher_learning_rate": 0,
+              "teacher_batch_size": 1, "rlt_alpha": 0, "rlt_lambda": 0, "format_penalty": 0, "beta": 0,
+              "ref_model_sync_steps": 1, "n_traces": 0, "num_generations": 1, "min_thought_tokens": 0,
+              "max_thought_tokens": 0, "n_shots": 0, "rounds": 0, "generation_batch_size": 1, "max_length": 2}
+    for name, low in lowest.items():
+        if not getattr(config, name) >= low:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in ("kd_weight", "lmbda", "prune_fraction", "ref_model_mixup_alpha", "error_rate"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
+    if not 0 < config.jsd_beta < 1:
+        raise InputError(f"--jsd_beta {config.jsd_beta}: must be above 0 and below 1 (--divergence forward or reverse "
+                         "is no end of it)")
+    if not config.temperature > 0:
+        raise InputError(f"--temperature {config.temperature}: must be above 0")
+    if config.divergence == "auto":
+        config.divergence = "reverse" if config.method == "on_policy" else "forward"
+    config.kd_temperature = config.kd_temperature or (2.0 if config.method == "ssb" else 1.0)
+    if config.kd_topk and config.divergence != "forward":
+        raise InputError(f"--kd_topk {config.kd_topk}: is for --divergence forward")
+    if config.stage != "all" and config.method != "rlt":
+        raise InputError(f"--stage {config.stage}: only --method rlt has stages")
+    if config.method == "on_policy" and config.kd_weight != 1:
+        raise InputError(f"--kd_weight {config.kd_weight}: must be 1 for on_policy, whose samples are no targets")
+    if config.completions == "teacher" and config.method != "logits":
+        raise InputError("--completions teacher: is for --method logits")
+    if config.method in ("logits", "on_policy") and config.kd_weight and not config.teacher_model_name_or_path:
+        raise InputError(f"--teacher_model_name_or_path: --method {config.method} needs one, stronger than the student")
+    if config.method == "rlt" and config.stage in ("all", "teacher") and (
+            config.num_generations < 2 or config.teacher_batch_size % config.num_generations):
+        raise InputError(f"--num_generations {config.num_generations}: must be 2 or more and divide "
+                         f"--teacher_batch_size {config.teacher_batch_size}")
+
+
+def plan(config):
+    """The runs of this command in their order, as configs; of several, each has a folder of its own in output_dir.
+
+    What one of them trains is the teacher of the next: rlt's teacher, and the sampler of an EM round.
+    """
+    names = [config.stage]
+    if config.stage == "all":
+        names = {"rlt": ["warm_up"] * bool(config.teacher_sft_steps) + ["teacher", "student"],
+                 "bootstrap": [f"round_{i + 1}" for i in range(config.rounds)]}.get(config.method) or ["student"]
+    teacher, runs = config.teacher_model_name_or_path or config.model_name_or_path, []
+    for name in names:
+        folder = str(Path(config.output_dir) / name) if len(names) > 1 else config.output_dir
+        stage = {"stage": name, "output_dir": folder, "teacher_model_name_or_path": teacher}
+        if config.method in ("rlt", "bootstrap"):
+            stage["kd_weight"] = 0.0
+        if name == "warm_up":
+            stage |= {"max_steps": config.teacher_sft_steps, "eval_steps": 0}
+        if name == "teacher":
+            stage |= {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate, "eval_steps": 0,
+                      "lr_scheduler_type": "constant", "warmup_steps": 0,
+                      "per_device_train_batch_size": config.teacher_batch_size}
+        runs.append(replace(config, **stage))
+        teacher = folder
+    return runs
+
+
+def train(config, world):
+    """One run, from its flags to its finished folder; nothing where that is finished already."""
+    args, reinforced = run_args(config, world), config.stage == "teacher"
+    start = config.teacher_model_name_or_path if config.stage in ("warm_up", "teacher") else config.model_name_or_path
+    if Path(config.output_dir).resolve() in (Path(config.teacher_model_name_or_path) / "config.json").resolve().parents:
+        raise InputError(f"--output_dir {config.output_dir}: --teacher_model_name_or_path "
+                         f"{config.teacher_model_name_or_path} is in it")
+    resume, finished = on_rank_0(lambda: open_run(config, args), world)
+    if finished:
+        return
+    eval_problems = load_eval_problems(config)
+    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else start, seed=config.seed,
+                                  chat_template=config.chat_template)
+    if config.kd_weight and softcap(model) is not None:
+        raise InputError(f"--model_name_or_path {start}: caps its logits, which the divergence does not support")
+    fill_formats(config, tokenizer)
+    small, large = (5e-5, 1e-6) if reinforced else (1e-3, 1e-5)
+    fill_learning_rate(config, model, small, large)
+    course = (Reinforce if reinforced else Imitate)(tokenizer, config, world, resume)
+    run = begin_run(config, world, resume, args, course.data)
+    if course.traces and not resume and world.rank == 0:
+        write_traces(run, course.traces, tokenizer)
+
+    decoder = make_decoder(model, config)
+    policy = distribute_learner(model, config, world)
+    optimizer = make_optimizer(policy, config)
+    state = {"step": 0, "bad_steps": 0, "about": course.about}
+    if resume:
+        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        restore_reference(course.reference, tensors)
+    if course.frozen is not None:
+        check_same_weights(course.frozen, state, course.frozen_flag, config)
+    log, stop = Log(run, config, world), StopSignal()
+    if world.rank == 0 and not reinforced:
+        show_example(course.pool[0], tokenizer)
+
+    while state["step"] < config.max_steps:
+        began, step = time.perf_counter(), state["step"]
+        refresh(decoder, policy)
+        picked, about = course.begin(step, decoder)
+        if reinforced and world.rank == 0:
+            for line in course.samples:
+                append_line(run / "samples.jsonl", {"step": step + 1, **line})
+        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+        parts = micro_batches(course.lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
+        numbers, taken = train_step(policy, optimizer, [collate(course.examples, part, world.device) for part in parts],
+                                    course.loss_of, step, config, world)
+        if course.reference is not None and (step + 1) % config.ref_model_sync_steps == 0:
+            follow(course.reference, policy, config.ref_model_mixup_alpha)
+        note_step(run, state, taken, picked, config, world)
+        numbers = {**about, **numbers, **state["about"], "learning_rate": scheduled_rate(step, config)}
+        last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
+        if eval_problems and (last or state["step"] % config.eval_steps == 0):
+            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
+        log.step(state["step"], numbers, ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", "loss",
+                                          "divergence", "eval/accuracy", "completions/mean_length", "kl", "grad_norm"),
+                 sum(course.lengths), seconds)
+        stopping = stop.agreed(world)
+        if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
+                            reference_tensors(course.reference))
+        if stopping and not last:
+            sys.exit(128 + stopping)
+    end_run(run, policy, tokenizer, world)
+
+
+def main(config):
+    check_frame(config)
+    check_config(config)
+    world = start_world(config)
+    for run in plan(config):
+        train(run, world)
+
+
+if __name__ == "__main__":
+    launch(main, Config)

@@ -1,0 +1,636 @@
+"""distill.py: RLT's reward against loops, contexts spliced token by token, divergences and gradients, data, and runs."""
+import copy
+import json
+import math
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distill
+import eval as ground
+from distill import (Config, Example, Imitate, Learner, Reinforce, World, check_config, collate, divergence,
+                     implausibility, score_explanations, teacher_loss, thought_weights, understanding)
+from eval import InputError, Problem, Rollouts, char_tokenizer, load_model
+from faults import assert_same, largest_difference, run
+
+ALONE = World(0, 1, torch.device("cpu"))
+KINDS = ["forward", "reverse", "jsd"]
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(distill, "plot_runs", lambda runs, path: path.write_bytes(b""))
+
+
+def config(**flags):
+    made = Config(**{"model_name_or_path": "tiny", "teacher_model_name_or_path": "tiny", "eval_steps": 0, "save_steps": 0,
+                     "num_generations": 4, "max_completion_length": 12, "teacher_batch_size": 8, **flags})
+    check_config(made)
+    distill.fill_formats(made, char_tokenizer())
+    return made
+
+
+def model_of(hidden, seed, layers=1):
+    """A small random model of the character vocabulary."""
+    tokenizer = char_tokenizer()
+    sizes = {**ground.TINY, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    torch.manual_seed(seed)
+    made = ground.Qwen3ForCausalLM(ground.Qwen3Config(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # sharp enough for every divergence to be far from 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders with a small student and a larger teacher of the same vocabulary, its head padded by 5 rows."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+    for name, model in (("student", model_of(32, 0)), ("teacher", model_of(48, 1, layers=2))):
+        if name == "teacher":
+            model.resize_token_embeddings(len(char_tokenizer()) + 5)
+        made[name] = str(root / name)
+        model.save_pretrained(made[name])
+        char_tokenizer().save_pretrained(made[name])
+    return made
+
+
+# --- the reward ---
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.5])
+def test_reward_terms_equal_loops(alpha):
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = (-torch.rand(5, 14, generator=generator).double() * 4 for _ in range(2))
+    spans = [(0, 3, 4, 9), (2, 2, 2, 3), (1, 9, 10, 14), (0, 1, 1, 14), (5, 8, 9, 10)]  # thought from-to, solution from-to
+    thought, solution = torch.zeros(5, 14, dtype=torch.bool), torch.zeros(5, 14, dtype=torch.bool)
+    for row, (a, b, c, d) in enumerate(spans):
+        thought[row, a:b], solution[row, c:d] = True, True
+    clear, forced = understanding(student, solution, alpha), implausibility(teacher, student, thought, alpha)
+    for row, (a, b, c, d) in enumerate(spans):
+        known = [float(student[row, t]) for t in range(c, d)]
+        assert float(clear[row]) == pytest.approx(sum(known) / len(known) + alpha * min(known), abs=1e-9)
+        gaps = [float(teacher[row, t] - student[row, t]) for t in range(a, b)]
+        wanted = sum(gaps) / len(gaps) + alpha * max(gaps) if gaps else 1 + alpha
+        assert float(forced[row]) == pytest.approx(wanted, abs=1e-9)
+
+
+def rollouts_of(texts, finished, T=12, seed=0):
+    """Rollouts that say these texts, with made-up log-probs."""
+    tokenizer, rows = char_tokenizer(), []
+    for text, done in zip(texts, finished):
+        rows.append(tokenizer(text).input_ids + [tokenizer.eos_token_id] * done)
+    tokens = torch.tensor([ids + [7] * (T - len(ids)) for ids in rows])  # what stands past the length means nothing
+    logps = -torch.rand(len(rows), T, generator=torch.Generator().manual_seed(seed))
+    return Rollouts(tokens, logps, torch.tensor([len(ids) for ids in rows]), torch.tensor(finished))
+
+
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_tokens": 1}, {"temperature": 0.7, "rlt_alpha": 0.2}])
+def test_the_student_reads_exactly_its_own_context(flags):
+    """Scores against a loop over texts written out by hand, tags, empty and cut-off thoughts included."""
+    tokenizer, student = char_tokenizer(), model_of(32, 3)
+    c = config(thought_prefix="<t>", thought_suffix="</t> ", **flags)
+    problems = [Problem("37+5-8=", "34", "37+5=42;42-8=34#34"), Problem("9-2=", "7", "9-2=7#7")]
+    lessons = distill.make_lessons(problems, tokenizer, c)
+    texts, finished = ["37+5=42", "", "34#34", "37+5", "9-2=7;9-2=7", "7"], [True, True, True, False, True, True]
+    rollouts = rollouts_of(texts, finished)
+    tags = distill.make_tags(tokenizer, c)
+    found = score_explanations(Learner(student), lessons, rollouts, tags, c, ALONE)
+    for row, text in enumerate(texts):
+        problem = problems[row // 3]
+        before, solution = f"{problem.prompt}<t>", f"#{problem.answer}"
+        whole = tokenizer(f"{before}{text}</t> {solution}").input_ids
+        logps = (student(torch.tensor([whole])).logits[0] / c.temperature).log_softmax(-1)
+        each = [float(logps[t - 1, whole[t]]) for t in range(1, len(whole))]
+        first = len(before)
+        thought, rest = each[first - 1 : first - 1 + len(text)], each[-len(solution):]
+        wanted = sum(rest) / len(rest) + c.rlt_alpha * min(rest)
+        assert float(found[0][row]) == pytest.approx(wanted, abs=1e-5)
+        gaps = [float(rollouts.logps_RT[row, t]) - thought[t] for t in range(len(text))]
+        wanted = sum(gaps) / len(gaps) + c.rlt_alpha * max(gaps) if gaps else 1 + c.rlt_alpha
+        assert float(found[1][row]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_the_student_learns_is_the_raw_explanation_and_the_true_solution(tiny_model):
+    """Spliced by id: no token of the thought changes, even where text would merge or hold a tag; the end is trained."""
+    tokenizer = char_tokenizer()
+    c = config(thought_prefix="<think>", thought_suffix="</think>")
+    lesson, = distill.make_lessons([Problem("1+1=", "2")], tokenizer, c)
+    assert tokenizer.decode(lesson.teacher_prompt) == "1+1=#2:" and tokenizer.decode(lesson.solution) == "#2"
+    tags = distill.make_tags(tokenizer, c)
+    trace = distill.explained(lesson, tokenizer("a</think>#9").input_ids, tags)
+    example = distill.trace_example(trace.prompt, trace.completion)
+    assert tokenizer.decode(example.ids) == "1+1=<think>a</think>#9</think>#2<eos>"
+    assert example.trained == [False] * 4 + [True] * (len(example.ids) - 4)
+
+
+def test_teacher_loss_equals_a_loop_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logps = (-torch.rand(4, 6, generator=generator).double() * 3).requires_grad_()
+    reference = -torch.rand(4, 6, generator=generator).double() * 3
+    mask = torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]
+    advantages = torch.tensor([1.0, -0.5, 0.0, 2.0]).double()
+    wanted = 0.0
+    for row in range(4):
+        n = int(mask[row].sum())
+        for t in range(n):
+            gap = reference[row, t] - logps[row, t]
+            gain = advantages[row] * logps[row, t] - 0.3 * (gap.exp() - gap - 1)  # the ratio's gradient is log p's
+            wanted = wanted - gain / n / 8
+    found = teacher_loss(logps, reference, advantages, mask, 0.3, 8)
+    ours, = torch.autograd.grad(found, logps)
+    theirs, = torch.autograd.grad(wanted, logps)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+# --- divergence ---
+
+
+def distributions(seed, N=6, D=4, H=5, V=9):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((N, D), (V, D), (N, H), (V + 2, H))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_divergence_equals_a_loop_over_the_shared_vocabulary(kind, tau):
+    """The teacher's head has two rows more, which are no tokens: both distributions are over the shared ones."""
+    hidden, weight, teacher_hidden, teacher_weight = distributions(0)
+    c = config(method="logits", divergence=kind, kd_temperature=tau, jsd_beta=0.3)
+    found = divergence(hidden, weight, teacher_hidden, teacher_weight, c)
+    for n in range(len(hidden)):
+        p = (teacher_hidden[n] @ teacher_weight[:9].T / tau).softmax(0)
+        q = (hidden[n] @ weight.T / tau).softmax(0)
+        m = 0.3 * p + 0.7 * q
+        terms = {"forward": p * (p / q).log(), "reverse": q * (q / p).log(),
+                 "jsd": 0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()}
+        assert float(found[n]) == pytest.approx(float(terms[kind].sum()), abs=1e-9)
+
+
+def test_the_jsd_family_ends_in_nothing_but_its_scaled_limits_are_the_two_kl():
+    """Why the kinds are separate: JSD / beta goes to forward KL, JSD / (1 - beta) to reverse KL, JSD itself to 0."""
+    given = distributions(1)
+    value = {kind: divergence(*given, config(method="logits", divergence=kind)) for kind in KINDS}
+    for beta, limit in ((1e-5, "forward"), (1 - 1e-5, "reverse")):
+        jsd = divergence(*given, config(method="logits", divergence="jsd", jsd_beta=beta))
+        assert torch.allclose(jsd / min(beta, 1 - beta), value[limit], rtol=5e-3)
+        assert float(jsd.max()) < 1e-3
+    for beta in (0.0, 1.0):
+        with pytest.raises(InputError, match="--jsd_beta"):
+            config(method="logits", divergence="jsd", jsd_beta=beta)
+
+
+def test_topk_is_a_lower_bound_that_reaches_the_full_kl():
+    hidden, weight, teacher_hidden, teacher_weight = distributions(2)
+    full = divergence(hidden, weight, teacher_hidden, teacher_weight, config(method="logits"))
+    before = torch.zeros_like(full)
+    for k in (1, 3, 8):
+        found = divergence(hidden, weight, teacher_hidden, teacher_weight, config(method="logits", kd_topk=k))
+        assert (found >= before - 1e-9).all() and (found <= full + 1e-9).all()
+        before = found
+    assert torch.allclose(before, full, atol=1e-6)  # 8 of 9 tokens, and the mass of the rest is the ninth
+
+
+def course(folders, examples, teacher_examples=None, **flags):
+    """An Imitate stage about to train on these examples, with the folder's teacher."""
+    c = config(model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"], **flags)
+    made = Imitate.__new__(Imitate)
+    made.config, made.world, made.tokenizer = c, ALONE, char_tokenizer()
+    teacher = distill.load_other(folders["teacher"], "teacher_model_name_or_path", made.tokenizer, c, ALONE)
+    made.frozen, made.head_VH = Learner(teacher), distill.head_weight(teacher)
+    made.examples, made.teacher_examples = examples, teacher_examples or examples
+    made.n_tokens = sum(sum(e.trained[1:]) for e in examples)
+    return made
+
+
+def uneven(n=7):
+    """Examples of very unequal lengths, and the same completions in other contexts."""
+    tokenizer = char_tokenizer()
+    rows = [("9" * (1 + 5 * i % 7) + "=", "8" * (1 + i * i % 11)) for i in range(n)]
+    bare, told = ([distill.trace_example(tokenizer(hint * i + prompt).input_ids, tokenizer(text).input_ids)
+                   for i, (prompt, text) in enumerate(rows)] for hint in ("", "7"))
+    return bare, told
+
+
+def gradient(stage, model, max_rows, max_tokens):
+    """(loss, gradients) of one step through the script's own path."""
+    model.zero_grad()
+    total = 0.0
+    for part in distill.micro_batches([len(e.ids) for e in stage.examples], max_rows, max_tokens, ALONE):
+        loss, _ = stage.loss_of(Learner(model), collate(stage.examples, part, ALONE.device))
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("flags", [dict(divergence="forward", kd_weight=0.4, kd_temperature=2.0), dict(divergence="reverse"),
+                                   dict(divergence="jsd"), dict(kd_topk=5)])
+def test_loss_and_gradient_equal_a_loop_over_single_rows(folders, flags):
+    """Through transformers' own logits, each row alone; student and teacher read the completion in other contexts."""
+    model, (bare, told) = load_model(folders["student"])[0], uneven()
+    teacher = load_model(folders["teacher"])[0]
+    stage = course(folders, bare, told, method="logits", **flags)
+    c, V = stage.config, len(char_tokenizer())
+    total = 0.0
+    for mine, theirs in zip(bare, told):
+        n = sum(mine.trained)
+        z = model(torch.tensor([mine.ids])).logits[0, -n - 1 : -1]
+        t = teacher(torch.tensor([theirs.ids])).logits[0, -n - 1 : -1, :V].detach()
+        q, p = ((x / c.kd_temperature).log_softmax(-1) for x in (z, t))
+        if c.kd_topk:
+            top, ids = p.topk(5, -1)
+            p = torch.cat([top, (1 - top.exp().sum(-1, keepdim=True)).log()], -1)
+            q = q.gather(1, ids)
+            q = torch.cat([q, (1 - q.exp().sum(-1, keepdim=True)).log()], -1)
+        m = ((p.exp() + q.exp()) / 2).log()
+        kl = {"forward": F.kl_div(q, p, log_target=True, reduction="sum"),
+              "reverse": F.kl_div(p, q, log_target=True, reduction="sum"),
+              "jsd": (F.kl_div(m, p, log_target=True, reduction="sum") + F.kl_div(m, q, log_target=True, reduction="sum")) / 2}
+        nll = F.cross_entropy(z, torch.tensor(mine.ids[-n:]), reduction="sum")
+        total = total + c.kd_weight * c.kd_temperature**2 * kl[c.divergence] + (1 - c.kd_weight) * nll
+    model.zero_grad()
+    (total / stage.n_tokens).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for max_rows, max_tokens in ((7, 0), (1, 0), (3, 40)):
+        loss, found = gradient(stage, model, max_rows, max_tokens)
+        assert loss == pytest.approx(float(total.detach() / stage.n_tokens), rel=1e-4)
+        for name in wanted:
+            assert torch.allclose(found[name], wanted[name], rtol=2e-3, atol=1e-6 + 1e-4 * float(wanted[name].abs().max()))
+    assert all(p.grad is None for p in stage.frozen.parameters())
+
+
+def test_never_a_tokens_by_vocabulary_tensor(folders):
+    """With logits of 300 MB a model, over the workspace of 256 MB, nothing of that size is made in a training step."""
+    N, V, sizes = 1500, 50_000, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])
+                         if isinstance(t, torch.Tensor))
+            return out
+
+    hidden, weight = torch.randn(N, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    with Watch():
+        divergence(hidden, weight, torch.randn(N, 4), torch.randn(V, 4), config(method="logits")).sum().backward()
+    assert V * 4 < max(sizes) <= N * V / 2
+
+
+# --- rows, prompts, vocabularies ---
+
+
+def test_other_vocabularies_are_refused_and_larger_heads_are_not(folders, tmp_path):
+    with pytest.raises(InputError, match="another vocabulary: 2 of 3 tokens differ, such as 'a'") as caught:
+        distill.check_vocabulary({"a": 0, "b": 1, "c": 2}, {"a": 1, "b": 0, "c": 2}, "--teacher_model_name_or_path x")
+    assert "\n" not in str(caught.value)
+    distill.check_vocabulary({"a": 0}, {"a": 0, "b": 1}, "")
+    with pytest.raises(InputError):
+        distill.check_vocabulary({"a": 0, "b": 1}, {"a": 0}, "")
+    model, tokenizer = load_model(folders["student"])
+    tokenizer.add_tokens(["<new>"])
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="--model_name_or_path .*other|--teacher_model_name_or_path .*another vocabulary"):
+        distill.main(Config(method="logits", model_name_or_path=str(tmp_path / "other"), output_dir=str(tmp_path / "run"),
+                            teacher_model_name_or_path=folders["student"], n_train=4, eval_steps=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_end_where_the_last_trained_run_begins():
+    assert distill.prompt_of(Example([1, 2, 3, 4, 5, 6], [False, True, False, False, True, True])) == [1, 2, 3, 4]
+    assert distill.prompt_of(Example([1, 2], [True, True])) == []
+    assert distill.prompt_of(Example([1, 2, 3], [False, True, False])) == [1]
+
+
+def test_pruning_is_random_of_the_right_size_and_repeatable():
+    examples = list(range(200))
+    kept = distill.pruned(examples, config(method="logits", prune_fraction=0.7))
+    assert len(kept) == 60 and kept == sorted(set(kept)) and kept != examples[:60]
+    assert kept == distill.pruned(examples, config(method="logits", prune_fraction=0.7))
+    assert distill.pruned(examples, config(method="logits")) == examples
+    assert len(distill.pruned(examples, config(method="logits", prune_fraction=1.0))) == 1
+    assert abs(sum(kept) / 60 - 99.5) < 25
+
+
+def test_rows_sampled_by_the_student_are_a_share_and_the_others_are_the_data(folders):
+    student, tokenizer = load_model(folders["student"])
+    shares = {}
+    for lmbda in (0.0, 0.5, 1.0):
+        c = config(method="on_policy", lmbda=lmbda, model_name_or_path=folders["student"],
+                   teacher_model_name_or_path=folders["teacher"], n_train=30, levels="1", per_device_train_batch_size=24)
+        stage = Imitate(tokenizer, c, ALONE, None)
+        picked, _ = stage.begin(0, student)
+        own = [example != stage.pool[i] for i, example in zip(picked, stage.examples)]
+        assert all(distill.prompt_of(a) == distill.prompt_of(stage.pool[i]) for i, a in zip(picked, stage.examples))
+        assert stage.teacher_examples is stage.examples
+        shares[lmbda] = sum(own) / 24
+    assert shares[0.0] == 0 and shares[1.0] == 1 and 0.2 < shares[0.5] < 0.8
+
+
+def test_attempts_take_the_first_right_and_the_commonest_wrong():
+    assert distill.right_and_wrong(["x", "b#4", "a#3", "c#5", "d#5.0", "e#4"], "4") == ("b#4", "c#5")
+    assert distill.right_and_wrong(["b#4", "x"], "4") == ("b#4", None) and distill.right_and_wrong(["c#5"], "4") == (None, "c#5")
+
+
+def fake_samples(monkeypatch, answer):
+    """Sampling returns answer(prompt text, sample's number) -> (text, finished)."""
+    tokenizer, asked = char_tokenizer(), []
+
+    def sampling(decoder, given, prompts, n, number, c, world):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        said = [answer(tokenizer.decode(prompt), j) for prompt in prompts for j in range(n)]
+        return rollouts_of([text for text, _ in said], [done for _, done in said], T=40)
+
+    monkeypatch.setattr(distill, "sample", sampling)
+    return asked
+
+
+def test_ssb_traces(monkeypatch):
+    """Only problems with a right and a wrong attempt are told; only right, ended retellings are kept, with their end."""
+    said = {"1=": ["#1", "#2", "#3", "#2"], "2=": ["#2"] * 4, "3=": ["#9", "x", "#3", "#9"], "4=": ["#4", "#5", "#4", "#4"]}
+
+    def answer(prompt, j):
+        if "|" not in prompt:
+            return said[prompt][j], True
+        return {"1": ("one#1", True), "3": ("three#4", True), "4": ("four#4", False)}[prompt[-2]]
+
+    asked = fake_samples(monkeypatch, answer)
+    problems = [Problem(f"{i}=", str(i)) for i in range(1, 5)]
+    tokenizer = char_tokenizer()
+    traces, about = distill.ssb_traces(None, tokenizer, problems, config(method="ssb"), ALONE)
+    assert asked[4:] == ["#1|#2|1=", "#3|#9|3=", "#4|#5|4="]
+    assert about == {"data/mixed": 0.75, "data/kept": 0.25}
+    (trace,) = traces
+    assert [tokenizer.decode(ids) for ids in trace[1:]] == ["1=", "one#1<eos>", "#1|#2|1="]
+
+
+def test_bootstrap_traces(monkeypatch, tmp_path):
+    """The first right and ended sample within the budget, in the bare context, the budget named where asked for."""
+    said = {"1": [("#1", True), ("thinking#1", True)], "2": [("thinking#2", False), ("thinkinghard#2", True)],
+            "3": [("thinking#9", True), ("thinkingthinking#3", True)]}
+    asked = fake_samples(monkeypatch, lambda prompt, j: said[prompt[-2]][j])
+    problems = [Problem(f"{i}=", str(i)) for i in range(1, 4)]
+    path, tokenizer = tmp_path / "shown.jsonl", char_tokenizer()
+    path.write_text("".join(json.dumps({"prompt": f"{i}+0=", "completion": f"#{i}"}) + "\n" for i in (7, 8, 9)))
+    c = config(method="bootstrap", num_generations=2, min_thought_tokens=5, max_thought_tokens=16,
+               demonstrations=str(path), n_shots=2, budget_template="{prompt}[{budget}]")
+    traces, about = distill.bootstrap_traces(None, tokenizer, problems, c, ALONE)
+    assert all(line.count("\n") == 2 and line.endswith("=") for line in asked) and len(set(asked)) == 3
+    assert [tokenizer.decode(trace.prompt + trace.completion) for trace in traces] == [
+        "1=[16]thinking#1<eos>", "2=[16]thinkinghard#2<eos>"]
+    assert about["data/kept"] == pytest.approx(2 / 3)
+
+
+def test_thought_weights_equal_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    joint, proposal = (-torch.rand(3, 4, generator=generator).double() * 9 for _ in range(2))
+    joint[1, 2], joint[2] = -math.inf, -math.inf
+    weights, elbo = thought_weights(joint, proposal)
+    for row in range(2):
+        w = [math.exp(float(joint[row, k] - proposal[row, k])) for k in range(4)]
+        assert weights[row].tolist() == pytest.approx([x / sum(w) for x in w])
+        assert float(elbo[row]) == pytest.approx(math.log(sum(w) / 4))
+    assert weights[2].tolist() == [0.0] * 4 and float(elbo[2]) == -math.inf
+
+
+def test_em_traces_weigh_by_the_joint_over_the_proposal(monkeypatch):
+    """Log w of every sample against a loop over its texts; cut-off thoughts are never drawn; both orders occur."""
+    tokenizer, model = char_tokenizer(), model_of(32, 5)
+    fake_samples(monkeypatch, lambda prompt, j: (prompt[:2] + "ab"[j % 2] * (j + 1), j != 2))
+    problems = [Problem(f"{i}=", str(i)) for i in range(40)]
+    seen = []
+    weigh = distill.thought_weights
+    monkeypatch.setattr(distill, "thought_weights", lambda *given: seen.append(given) or weigh(*given))
+    c = config(method="bootstrap", rounds=1)
+    traces, about = distill.em_traces(model, tokenizer, problems, c, ALONE)
+    joint, proposal = seen[0]
+    rollouts = rollouts_of([f"{problems[0].prompt}="[:2] + "ab"[j % 2] * (j + 1) for j in range(4)], [True, True, False, True], 40)
+    for j in (0, 1, 3):
+        whole = tokenizer(f"0={'0=' + 'ab'[j % 2] * (j + 1)}#0").input_ids + [tokenizer.eos_token_id]
+        logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        assert float(joint[0, j]) == pytest.approx(sum(float(logps[t - 1, whole[t]]) for t in range(2, len(whole))), abs=1e-4)
+    assert torch.isinf(joint[:, 2]).all() and len(traces) == 40 and about["data/kept"] == 1
+    assert float(proposal[0, 0]) == pytest.approx(float(rollouts_of(["0=a"], [True], 40).logps_RT[0, :4].sum()), abs=1)
+    texts = [tokenizer.decode(trace.prompt + trace.completion) for trace in traces]
+    assert not any("aaa" in text and "aaaa" not in text for text in texts)
+    posterior = [text for text in texts if ":" in text]
+    assert 8 < len(posterior) < 32
+    assert all("#" in text.partition(":")[0] for text in posterior)
+
+
+# --- no gradient where none belongs; the reference ---
+
+
+def test_the_reference_moves_by_its_share_and_survives_a_checkpoint(folders):
+    policy, reference = Learner(model_of(32, 1)), Learner(model_of(32, 2))
+    before = copy.deepcopy(dict(reference.named_parameters()))
+    distill.follow(reference, policy, 0.9)
+    for (name, ours), theirs in zip(reference.named_parameters(), policy.parameters()):
+        assert torch.allclose(ours, 0.1 * before[name] + 0.9 * theirs, atol=1e-6)
+    other = Learner(model_of(32, 3))
+    distill.restore_reference(other, distill.reference_tensors(reference))
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), reference.parameters()))
+    assert distill.reference_tensors(None) == {}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_rlt_trains_the_teacher_alone(folders, beta):
+    """The step's gradient equals a loop's from the rewards; student and reference get none, and stay as they are."""
+    c = config(stage="teacher", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"], beta=beta,
+               n_train=20, levels="1", per_device_train_batch_size=16, max_completion_length=8)
+    model, tokenizer = load_model(folders["student"])
+    stage = Reinforce(tokenizer, c, ALONE, None)
+    seen = []
+    advantages = distill.group_advantages
+    distill.group_advantages = lambda rewards, scale: seen.append(rewards) or advantages(rewards, scale)
+    try:
+        picked, about = stage.begin(0, model)
+    finally:
+        distill.group_advantages = advantages
+    rewards = seen[0]
+    assert rewards.shape == (4, 4) and about["reward"] == pytest.approx(float(rewards.mean()))
+    assert about["reward"] == pytest.approx(
+        about["rewards/understanding/mean"] - 3 * about["rewards/implausibility/mean"] - about["completions/clipped_ratio"], abs=1e-5)
+    wanted = 0.0
+    for row, example in zip(stage.rows, stage.examples):
+        logps = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        places = [t for t in range(len(example.ids)) if example.trained[t]]
+        g, r = rewards[row // 4], rewards[row // 4, row % 4]
+        mean = sum(logps[t - 1, example.ids[t]] for t in places) / len(places)
+        wanted = wanted - (r - g.mean()) / (g.std() + 1e-4) * mean / 16  # at the start KL's gradient is zero
+    model.zero_grad()
+    wanted.backward()
+    loops = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for size in (16, 3):
+        _, found = gradient(stage, model, size, 0)
+        for name in loops:
+            assert torch.allclose(found[name], loops[name], atol=1e-6 + 1e-4 * float(loops[name].abs().max()))
+    for frozen in filter(None, (stage.frozen, stage.reference)):
+        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+    assert (stage.reference is None) == (beta == 0)
+
+
+# --- runs ---
+
+
+SMALL = dict(n_train=40, levels="1-2", per_device_train_batch_size=16, max_steps=3, eval_steps=3, n_eval=4, save_steps=0,
+             max_completion_length=14, n_traces=20, num_generations=4, teacher_sft_steps=3, teacher_steps=3,
+             teacher_batch_size=16, ref_model_sync_steps=2)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(method="logits", kd_weight=0.5), dict(method="logits", kd_topk=6, completions="teacher"),
+    dict(method="on_policy", lmbda=0.5), dict(method="on_policy", divergence="jsd")])
+def test_one_stage_runs(folders, tmp_path, flags):
+    out = tmp_path / "run"
+    distill.main(Config(model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"],
+                        output_dir=str(out), **SMALL, **flags))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["divergence"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert "eval/accuracy" in lines[-1] and (out / "model.safetensors").exists()
+    assert (out / "traces.jsonl").exists() == (flags.get("completions") == "teacher")
+
+
+def test_rlt_runs_all_stages_and_each_finished_one_is_kept(tiny_model, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = dict(model_name_or_path=str(tiny_model), output_dir=str(out), **SMALL)
+    distill.main(Config(**flags))
+    assert sorted(path.name for path in out.iterdir()) == ["student", "teacher", "warm_up"]
+    lines = {name: [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("warm_up", "teacher", "student")}
+    assert {"reward", "kl", "rewards/understanding/mean", "entropy"} <= set(lines["teacher"][0])
+    assert lines["teacher"][0]["kl"] == pytest.approx(0, abs=1e-6) and lines["teacher"][1]["kl"] > 0
+    traces = distill.read_traces(out / "student" / "traces.jsonl")
+    assert len(traces) == 20 and all(len(trace.completion) > 1 for trace in traces)
+    rows = [json.loads(line) for line in (out / "student" / "traces.jsonl").read_text().splitlines()]
+    assert all(row["completion"].split("#")[-1].isdigit() for row in rows)  # the true solution ends every one
+    capsys.readouterr()
+    distill.main(Config(**flags))
+    assert capsys.readouterr().out.count("finished already") == 3
+    distill.main(Config(**{**flags, "stage": "student", "teacher_model_name_or_path": str(out / "teacher"),
+                           "output_dir": str(tmp_path / "alone")}))
+    assert distill.read_traces(tmp_path / "alone" / "traces.jsonl") == traces
+
+
+def test_em_rounds_begin_from_the_same_weights_and_sample_from_the_last(tiny_model, tmp_path):
+    out = tmp_path / "run"
+    distill.main(Config(method="bootstrap", rounds=2, model_name_or_path=str(tiny_model), output_dir=str(out), **SMALL))
+    for name in ("round_1", "round_2"):
+        args = json.loads((out / name / "args.json").read_text())
+        assert args["flags"]["model_name_or_path"] == str(tiny_model) and args["finished"]
+        first = json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert math.isfinite(first["data/elbo"]) and first["data/kept"] > 0
+    assert json.loads((out / "round_2" / "args.json").read_text())["flags"]["teacher_model_name_or_path"] == str(out / "round_1")
+
+
+def test_distilling_closes_the_gap(folders, tmp_path):
+    """60 steps of on-policy distillation lower the divergence on the student's own samples."""
+    distill.main(Config(method="on_policy", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"],
+                        output_dir=str(tmp_path / "run"), **{**SMALL, "max_steps": 60, "eval_steps": 0, "learning_rate": 1e-2}))
+    values = [json.loads(line)["divergence"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(values[-10:]) < 0.7 * sum(values[:10])
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(method="magic"), "--method magic"), (dict(stage="teacher", method="logits"), "--stage teacher"),
+    (dict(method="logits", teacher_model_name_or_path=""), "--teacher_model_name_or_path"),
+    (dict(method="on_policy", kd_weight=0.5), "--kd_weight 0.5"), (dict(kd_weight=1.5), "--kd_weight 1.5"),
+    (dict(divergence="reverse", kd_topk=4), "--kd_topk 4"), (dict(divergence="tv"), "--divergence tv"),
+    (dict(num_generations=3), "--num_generations 3"), (dict(temperature=0.0), "--temperature 0.0"),
+    (dict(prune_fraction=-0.1), "--prune_fraction -0.1"), (dict(completions="teacher"), "--completions teacher"),
+    (dict(rounds=-1), "--rounds -1"), (dict(max_length=20, teacher_sft_steps=0), "--max_length 20"),
+    (dict(method="bootstrap", min_thought_tokens=500), "none of 0 traces"),
+])
+def test_wrong_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, flags, named):
+    with pytest.raises(InputError) as caught:
+        distill.main(Config(**{"model_name_or_path": str(tiny_model), "teacher_model_name_or_path": str(tiny_model), "n_train": 8,
+                               "output_dir": str(tmp_path / "run"), "eval_steps": 0, "max_completion_length": 16, **flags}))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_changed_is_named(folders, tmp_path):
+    model, tokenizer = load_model(folders["student"])
+    teacher, out = tmp_path / "teacher", tmp_path / "run"
+    model.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    flags = dict(method="logits", model_name_or_path=folders["student"], teacher_model_name_or_path=str(teacher),
+                 output_dir=str(out), **{**SMALL, "max_steps": 4, "save_steps": 2})
+    steps, train_step = [], distill.train_step
+
+    def failing(policy, optimizer, batches, loss_of, step, c, world):
+        if step == 3:
+            raise RuntimeError("an injected crash")
+        return train_step(policy, optimizer, batches, loss_of, step, c, world)
+
+    distill.train_step = failing
+    try:
+        with pytest.raises(RuntimeError):
+            distill.main(Config(**flags))
+    finally:
+        distill.train_step = train_step
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] += 1
+    model.save_pretrained(teacher)
+    with pytest.raises(InputError, match="--teacher_model_name_or_path .*not the weights"):
+        distill.main(Config(**flags))
+    assert steps == []
+
+
+# --- runs that are stopped or spread (test_survive.py has on_policy's) ---
+
+
+TEACHER = dict(method="rlt", stage="teacher", n_train=12, levels="1-2", teacher_batch_size=16, num_generations=4,
+               max_completion_length=12, teacher_steps=5, teacher_learning_rate=1e-3, ref_model_sync_steps=2,
+               micro_batch_tokens=64, save_steps=2, eval_steps=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory):
+    """The flags of a small RLT run, and the folder of the run that nothing has disturbed."""
+    flags = {**TEACHER, "model_name_or_path": tiny_model, "output_dir": tmp_path_factory.mktemp("whole") / "run"}
+    codes, text = run("distill", flags)
+    assert codes == [0], text
+    return flags, flags["output_dir"]
+
+
+def test_a_teacher_stopped_on_its_way_ends_bit_equal(undisturbed, tmp_path):
+    """Before and after the reference has moved, by signal and by a crash that goes back to a checkpoint."""
+    flags, whole = undisturbed
+    flags = {**flags, "output_dir": tmp_path / "run"}
+    for fault, code in (({"signal_at": [1, signal.SIGTERM]}, 143), ({"crash_at": 4}, 1), ({"signal_at": [3, signal.SIGTERM]}, 143)):
+        codes, text = run("distill", flags, fault)
+        assert codes == [code], text
+    codes, text = run("distill", flags)
+    assert codes == [0] and "continues from" in text, text
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_the_teacher_of_one(undisturbed, tmp_path, fsdp):
+    flags, whole = undisturbed
+    flags = {**flags, "output_dir": tmp_path / "run", "teacher_batch_size": 8, "fsdp": fsdp}
+    codes, text = run("distill", flags, {"signal_at@1": [3, signal.SIGTERM]}, ranks=2)
+    assert codes == [143, 143], text
+    codes, text = run("distill", flags, ranks=2)
+    assert codes == [0, 0], text
+    assert largest_difference(tmp_path / "run", whole) < 1e-5
+
+
+def test_traces_are_made_once(tiny_model, tmp_path):
+    """A student's run that goes on reads them back: the sampler is not asked again, and the end is bit-equal."""
+    flags = dict(method="bootstrap", rounds=1, model_name_or_path=tiny_model, n_train=24, levels="1", n_traces=20,
+                 num_generations=4, max_completion_length=12, per_device_train_batch_size=8, max_steps=4, save_steps=2,
+                 eval_steps=0)
+    assert run("distill", {**flags, "output_dir": tmp_path / "whole"})[0] == [0]
+    codes, first = run("distill", {**flags, "output_dir": tmp_path / "run"}, {"crash_at": 4})
+    assert codes == [1] and " traces: " in first
+    codes, second = run("distill", {**flags, "output_dir": tmp_path / "run"})
+    assert codes == [0] and " traces: " not in second, second
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run" / "traces.jsonl").read_bytes() == (tmp_path / "whole" / "traces.jsonl").read_bytes()
