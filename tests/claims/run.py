@@ -24,7 +24,7 @@ BEGIN, END = "<!-- claims: written by tests/claims/run.py --table -->", "<!-- en
 
 def table(results):
     """The README's table of all results, as Markdown: one line a comparison of each claim's main figure."""
-    lines = ["| claim | compared | figure | difference, 95 % | seeds better / worse | seen | minutes |",
+    lines = ["| claim | compared | figure | baseline, difference [95 %] | seeds better / worse | seen | minutes |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     for result in results:
         main = next(iter(next(iter(next(iter(result["figures"].values())).values()))))
