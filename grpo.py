@@ -996,6 +996,10 @@ class Uniform:
     def keep(self, group):
         return True
 
+    def measures(self):
+        """Is what was picked last only there to measure problems, not to train on?"""
+        return False
+
     def shares(self):
         """The chance of each arm at the next pick: list of float, or None where arms are not what is chosen."""
         return None
@@ -1166,8 +1170,11 @@ class ADCL(Uniform):
             state["chunks"] = [part.tolist() for part in np.array_split(state["left"], self.config.adcl_chunks)]
             state["left"] = state["chunks"][0]
 
+    def measures(self):
+        return bool(self.state["measuring"])
+
     def keep(self, group):
-        return not self.state["measuring"]
+        return not self.measures()
 
 
 class Knapsack(Uniform):
@@ -1350,7 +1357,7 @@ def helped_prompt(problem, hint, config):
 
 
 def add_hints(groups, actor, problems, pace, config):
-    """For groups without a right completion, finds the least help with which the policy succeeds: counts to log.
+    """For groups without a right completion, finds the least help with which the policy succeeds: sums to log.
 
     One failed row gives its place to the success, in place. `hinted` trains it under the prompt that held the help
     (Scaf-GRPO, whose ratio is conditioned so on both sides), `plain` under the bare prompt (egsr's point). The control
@@ -1376,15 +1383,14 @@ def add_hints(groups, actor, problems, pace, config):
             group.rows[-1] = row
             found_at.append(level + 1)
         stuck = still
-    return {"scaffold/asked": asked, "scaffold/solved": len(found_at),
-            "scaffold/level": sum(found_at) / max(1, len(found_at))}
+    return {"scaffold/asked": asked, "scaffold/solved": len(found_at), "scaffold/level": sum(found_at)}
 
 
 def subgoal_of(problem, place, config):
     """One of the problem's subgoals as a problem of its own: `alone`, or `given` the solution's steps before it.
 
     Source: DeepSeek-Prover-V2 2504.21801 section 2.2, a lemma from the theorem's hypotheses alone, or with the lemmas
-    before it as premises. Here the premises stand before the whole problem, which is then shorter to finish.
+    before it as premises (in the prompt, by --hint_template).
     """
     prompt, answer = problem.subgoals[place]
     if config.subgoal_form == "given" and place:
@@ -1547,7 +1553,8 @@ class Actor:
             return []
         prompts_P = [encode_prompt(self.tokenizer, problem.prompt) for problem in problems_P]
         seeds = [self.config.seed, self.number, *([self.calls] if self.calls else [])]
-        found = sample_prompts(self.decoder, self.tokenizer, prompts_P, counts_P, pace.limit, seeds, self.config, self.world)
+        found = sample_prompts(self.decoder, self.tokenizer, prompts_P, counts_P, pace.limit, seeds, self.config,
+                               self.world)
         texts_R, lengths_R = found.texts(self.tokenizer), found.lengths_R.tolist()
         self.calls, self.rollouts = self.calls + 1, self.rollouts + len(texts_R)
         self.tokens += sum(lengths_R)
@@ -1574,7 +1581,7 @@ def collect(sampler, actor, problems, pace, n_rows, config):
         groups = [Group(i, found) for (i, _), found in zip(picks, rows)]
         sampled += [Group(group.problem, list(group.rows)) for group in groups]
         sampler.update(groups)
-        if pace.helps and config.scaffold != "none":
+        if pace.helps and config.scaffold != "none" and not sampler.measures():
             edit = add_subgoals if config.scaffold == "subgoals" else add_hints
             for name, value in edit(groups, actor, problems, pace, config).items():
                 numbers[name] = numbers.get(name, 0) + value
@@ -1582,6 +1589,8 @@ def collect(sampler, actor, problems, pace, n_rows, config):
         kept, missing = kept + groups, missing - sum(len(group.rows) for group in groups)
         if missing < pace.generations:
             break
+    if "scaffold/level" in numbers:
+        numbers["scaffold/level"] /= max(1, numbers["scaffold/solved"])
     return kept, sampled, {**numbers, **arm_numbers(sampler, sampled)}
 
 
@@ -1606,8 +1615,12 @@ def credit(groups, pace, n_rows, config):
     n_rows rows has the weights it would have in a full one, so that no filter changes the size of the step.
     """
     rows = [row for group in groups for row in group.rows]
+    if not rows:  # dynamic sampling has found no mixed group
+        return
     gated = "accuracy" in config.reward_funcs and not config.shape_silent_groups
-    batch_std = torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4 if config.scale_rewards == "batch" else 1
+    batch_std = 1.0
+    if config.scale_rewards == "batch":
+        batch_std = torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
     for group in groups:
         rewards_1G = torch.tensor([[float(row.reward) for row in group.rows]])
         scale = "none" if config.scale_rewards == "batch" else config.scale_rewards
@@ -1636,7 +1649,8 @@ def add_logps(model, rows, name, config, world):
     for part in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
                               config.micro_batch_tokens, world):
         batch = collate(examples, part, world.device)
-        logps_BS, _ = model(batch, config.temperature)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+            logps_BS, _ = model(batch, config.temperature)
         places = torch.cat([torch.arange(first[i], first[i + 1]) for i in part] or [torch.arange(0)])
         flat_N[places.to(world.device)] = logps_BS.flatten()[batch.where_N]
     if dist.is_initialized():
@@ -1653,6 +1667,8 @@ def row_example(row):
 def consult(groups, reference, teacher, pace, config, world):
     """Adds to the rows what does not depend on the weights being trained: the reference, the teacher, TEA's weights."""
     rows = [row for group in groups for row in group.rows]
+    if not rows:
+        return
     if reference is not None:
         add_logps(reference, rows, "reference", config, world)
     if teacher is not None:
@@ -1906,21 +1922,16 @@ def check_problems(problems, tokenizer, config):
         raise InputError(f"--hpt_gate: a problem of --dataset_name {config.dataset_name} has no worked solution")
 
 
-def make_frozen(name_or_path, needed, config, world):
-    """A model that judges or pulls but is not trained, or None; loaded by name even where a run continues."""
+def make_frozen(flag, needed, tokenizer, config, world):
+    """The model that this flag names, frozen, or None; InputError where its tokens are not the policy's."""
     if not needed:
         return None
-    model, _ = load_model(name_or_path, chat_template=config.chat_template)
+    name = getattr(config, flag)
+    model, theirs = load_model(name, chat_template=config.chat_template)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"--{flag} {name}: its tokenizer is not the policy's, and a token's log-prob means nothing "
+                         "under it")
     return shard(Policy(model.eval().requires_grad_(False).to(world.device)), config)
-
-
-def check_teacher(tokenizer, config):
-    """InputError where the teacher's tokens are not the policy's."""
-    if config.teacher_model_name_or_path:
-        _, theirs = load_model(config.teacher_model_name_or_path, chat_template=config.chat_template)
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"--teacher_model_name_or_path {config.teacher_model_name_or_path}: its tokenizer is "
-                             "another one, and a token's log-prob means nothing under it")
 
 
 def check_reference(reference, state, config):
@@ -1977,13 +1988,12 @@ def main(config):
     model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
                                   chat_template=config.chat_template)
     check_problems(problems, tokenizer, config)
-    check_teacher(tokenizer, config)
     sampler = make_sampler(problems, config)
+    reference = make_frozen("model_name_or_path", config.beta, tokenizer, config, world)
+    teacher = make_frozen("teacher_model_name_or_path", config.kd_coef, tokenizer, config, world)
     fill_learning_rate(config, model, small=5e-5, large=1e-6)
     run = begin_run(config, world, resume, args, problems)
 
-    reference = make_frozen(config.model_name_or_path, config.beta, config, world)
-    teacher = make_frozen(config.teacher_model_name_or_path, config.kd_coef, config, world)
     decoder = make_decoder(model, config)
     policy = distribute(model, config, world)
     optimizer = make_optimizer(policy, config)
@@ -2011,6 +2021,7 @@ def main(config):
                 numbers |= demonstrate(groups, problems, tokenizer, config)
             consult(groups, reference, teacher, pace, config, world)
             rows = [row for group in groups for row in group.rows]
+            state["picked"] = [group.problem for group in groups]
             state["rollouts"] += actor.rollouts - before
             state["num_tokens"] += actor.tokens - tokens_before
             state["about"] = {**describe(sampled, config), **numbers, "rollouts": state["rollouts"],
@@ -2023,7 +2034,7 @@ def main(config):
         numbers, taken = update_policy(policy, optimizer, update, step, config, world)
         if taken:
             move_anchor(reference, policy, step, config)
-        note_step(run, state, taken, [group.problem for group in groups] if iteration == 0 else [], config, world)
+        note_step(run, state, taken, state["picked"], config, world)
         numbers = {**state["about"], **numbers, "learning_rate": scheduled_rate(step, config)}
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):

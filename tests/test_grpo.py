@@ -415,7 +415,7 @@ def test_the_reference_is_checked_when_a_run_is_continued(tmp_path, cold_start):
     model = tmp_path / "model"
     shutil.copytree(cold_start, model)
     c = config(model_name_or_path=str(model), beta=0.1)
-    reference, state = grpo.make_frozen(str(model), True, c, ALONE), {}
+    reference, state = grpo.make_frozen("model_name_or_path", True, load_model(str(model))[1], c, ALONE), {}
     grpo.check_reference(reference, state, c)
     grpo.check_reference(reference, state, c)
     with torch.no_grad():

@@ -244,6 +244,22 @@ def test_collect_counts_what_it_throws_away_and_stops():
     assert not kept and nobody.rollouts == 3 * 16
 
 
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "dapo"])
+def test_a_step_without_a_mixed_group_changes_nothing_and_goes_on(tiny, loss_type):
+    c = config(sampler="dynamic", loss_type=loss_type, beta=0.1, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="batch")
+    grpo.credit([], grpo.pace_of(0, c), 8, c)
+    grpo.consult([], grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
+    assert grpo.Update([], True, c).rows == []
+
+
+def test_what_is_measured_is_not_helped():
+    problems = [Problem(str(i), "1", hints=("a", "b")) for i in range(8)]
+    c = config(sampler="adcl", adcl_chunks=2, scaffold="hints", scaffold_exempt=0.0)
+    player = Player(lambda problem: 0)
+    _, _, numbers = grpo.collect(grpo.make_sampler(problems, c), player, problems, grpo.pace_of(0, c), 8, c)
+    assert numbers["scaffold/asked"] == 2 and player.rollouts == 8 * 4 + 8 + 2 * 2  # two groups that train, two hints each
+
+
 def test_a_short_step_has_the_weights_of_a_full_one():
     c = config(loss_type="grpo")
     groups = [group_of(0, 2), group_of(1, 1)]
