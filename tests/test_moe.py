@@ -603,7 +603,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(moe, "plot_runs", lambda runs, path: path.write_bytes(b""))
 
 
-def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, capsys):
+def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, monkeypatch, capsys):
     import sft
 
     run = tmp_path / "run"
@@ -627,7 +627,7 @@ def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, capsys):
         model, tokenizer, ground.load_problems("chain", "test", 4), max_new_tokens=4, temperature=0.0
     )
     assert 0 <= found["accuracy"] <= 1
-    sft.plot_runs = moe.plot_runs
+    monkeypatch.setattr(sft, "plot_runs", moe.plot_runs)
     sft.main(
         sft.Config(
             model_name_or_path=str(run),
