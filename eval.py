@@ -24,6 +24,7 @@ Dimensions: B rows decoded together · R all rows · P prompts · T tokens · V 
 
 import csv
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -818,8 +819,9 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     live_L = torch.arange(B, device=device)  # the row that each line of the shrinking batch stands for
 
     cache = new_cache(model)
+    reads = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     places = {"attention_mask": mask_PW, "position_ids": (mask_PW.cumsum(1) - 1).clamp(0)} if padded else {}
-    logits_LV = model(input_ids=ids_PW, past_key_values=cache, use_cache=True, logits_to_keep=1, **places).logits[:, -1]
+    logits_LV = model(input_ids=ids_PW, use_cache=True, logits_to_keep=1, **{reads: cache}, **places).logits[:, -1]
     copies_P = torch.tensor(n, device=device)
     logits_LV = logits_LV.repeat_interleave(copies_P, 0)
     cache.batch_repeat_interleave(copies_P)
@@ -843,7 +845,7 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
         if padded:
             mask_LC = torch.cat([mask_LC, mask_LC.new_ones(len(mask_LC), 1)], 1)
             places = {"attention_mask": mask_LC, "position_ids": mask_LC.sum(1, keepdim=True) - 1}
-        logits_LV = model(input_ids=next_L[:, None], past_key_values=cache, use_cache=True, **places).logits[:, -1]
+        logits_LV = model(input_ids=next_L[:, None], use_cache=True, **{reads: cache}, **places).logits[:, -1]
     stopped_BT = torch.isin(tokens_BT, stop_K)
     finished_B = stopped_BT.any(1)
     lengths_B = torch.where(finished_B, stopped_BT.int().argmax(1) + 1, T)
