@@ -77,7 +77,7 @@ FAILURE_ARMS = ("sigmoid", "rpo", "dpop", "ipo", "ipo_sum")
 
 # --- pairs from the policy itself ---
 
-ON_POLICY = ("dpo.py --model_name_or_path {{start}} --output_dir {{out}} --seed {{seed}} --learning_rate 1e-4 "
+ON_POLICY = ("dpo.py --model_name_or_path {{start}} --output_dir {{out}} --seed {{seed}} --learning_rate 2e-5 "
              "--per_device_train_batch_size 48 --max_steps 32 --eval_steps 16 --n_eval 200 --max_completion_length 80 "
              "--save_steps 0 {}")
 

@@ -2,7 +2,9 @@
 import json
 import random
 
-from claim import Claim, area, last, read_curve, read_lines, reach
+from claim import Claim, area, last, read_curve, read_lines, reach, run_command
+
+import grpo
 
 # --- reversal: `31942=` is answered `#24913`; the level is the number of digits, so chance falls nine times a level ---
 
@@ -52,6 +54,7 @@ RL = ("grpo.py --model_name_or_path {start} --dataset_name {start}/../%s.jsonl -
       "--output_dir {out} ")
 LEVELS, POOL, NOISY = RL % ("train", 0), RL % ("train", 480), RL % ("train_noisy", 0)
 SHORT, LONG = RL % ("train_short", 0), RL % ("train_long", 0)
+SHUFFLED = RL % ("train_shuffled", 0)
 ROLLOUTS = 80 * 256
 HARD = "eval/accuracy/level_%d"
 
@@ -77,6 +80,102 @@ def level_premise(start):
     problems = load_problems(str(start.parent / "test.jsonl"))
     found = evaluate(model, tokenizer, problems, n=16, max_new_tokens=10)
     return {f"sampled accuracy, level {level}": part["accuracy"] for level, part in found["by_level"].items()}
+
+
+# --- the same with controls: arms that mean nothing, and arms by what is true of them ---
+
+
+def shuffled_labels(start):
+    """train_shuffled.jsonl beside the start: train.jsonl with every problem's level given to another as its domain."""
+    rows = [json.loads(line) for line in (start.parent / "train.jsonl").read_text().splitlines()]
+    labels = [str(row["level"]) for row in rows]
+    random.Random(1).shuffle(labels)
+    write(start.parent / "train_shuffled.jsonl", [{**row, "domain": label} for row, label in zip(rows, labels)])
+
+
+class Oracle(grpo.Uniform):
+    """Arms by p (1 - p), p being what the policy samples rightly of them on the test set: what no sampler knows."""
+
+    rates = {}
+
+    def shares(self):
+        worth = [0.01 + p * (1 - p) for p in (self.rates.get(name, 0.5) for name in self.names)]
+        return [value / sum(worth) for value in worth]
+
+    def pick(self, pace, n_rows):
+        return self.by_shares(pace, n_rows)
+
+
+def oracle(out, seed, start):
+    """An arm: the Oracle is told after every evaluation, at no cost in rollouts; at first all arms are alike."""
+    evaluate_policy = grpo.evaluate_policy
+
+    def telling(run, step, decoder, policy, tokenizer, problems, config, world):
+        numbers = evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world)
+        found = grpo.evaluate(decoder, tokenizer, problems, n=8, max_new_tokens=10, seed=step)
+        Oracle.rates = {str(level): part["accuracy"] for level, part in found["by_level"].items()}
+        return numbers
+
+    grpo.SAMPLERS["oracle"], grpo.evaluate_policy, Oracle.rates = Oracle, telling, {}
+    run_command(LEVELS.format(start=start, seed=seed, out=out) + "--sampler oracle")
+
+
+# --- subgoals: only the longest reversals to train on, none of which succeeds; the parts of `31942=` are `319=`, `3194=` ---
+
+LONGEST, SHORTEST = 6, 3
+
+
+def parts_of(text):
+    """A problem with its parts, each a longer beginning of the text; the solution lists what they come to."""
+    ends = [text[:n][::-1] for n in range(SHORTEST, len(text))]
+    return {"prompt": f"{text}=", "answer": text[::-1], "solution": ";".join(ends) + f";#{text[::-1]}",
+            "subgoals": [[f"{end[::-1]}=", end] for end in ends]}
+
+
+def with_parts(start):
+    """Data beside the start: sft.jsonl as in `reversal`, half of the rows behind what came before: `913;3194=`.
+
+    parts.jsonl and test_parts.jsonl hold problems of LONGEST digits alone.
+    """
+    rng, rows = random.Random(0), []
+    for i in range(6000):
+        text = digits(rng, EASY_FIRST[i % len(EASY_FIRST)])
+        before = "".join(text[:n][::-1] + ";" for n in range(SHORTEST, len(text)) if rng.random() < 0.8)
+        rows.append({"prompt": (before if rng.random() < 0.5 else "") + f"{text}=", "completion": f"#{text[::-1]}"})
+    write(start.parent / "sft.jsonl", rows)
+    for name, n in (("parts", 1000), ("test_parts", 128)):
+        write(start.parent / f"{name}.jsonl", [parts_of(digits(rng, LONGEST)) for _ in range(n)])
+
+
+PARTS = (with_parts, "sft.py --model_name_or_path tiny --dataset_name {start}/../sft.jsonl --n_train 0 --max_steps 130 "
+                     "--eval_steps 0 --save_steps 0 --output_dir {start}")
+PARTS_RL = ("grpo.py --model_name_or_path {start} --dataset_name {start}/../parts.jsonl "
+            "--eval_dataset_name {start}/../test_parts.jsonl --n_train 0 --n_eval 128 --max_completion_length 10 "
+            "--loss_type dr_grpo --scale_rewards group --per_device_train_batch_size 128 --learning_rate 2e-4 "
+            "--max_steps %d --eval_steps 5 --save_steps 0 --seed {seed} --output_dir {out} ")
+PARTS_ROLLOUTS = 160 * 128
+
+
+def parts_measured(out):
+    """Area under the greedy accuracy on whole problems against rollouts, its end, and what training samples of them."""
+    curve, lines = read_curve(out), [line for line in read_lines(out) if line["rollouts"] <= PARTS_ROLLOUTS]
+    return {"area": area(curve, min(PARTS_ROLLOUTS, curve[-1][0])),
+            "accuracy at the end": last([p for p in curve if p[0] <= PARTS_ROLLOUTS]),
+            "rollouts to 0.3": reach(curve, 0.3),
+            "sampled accuracy at the end": sum(line["sampled_accuracy"] for line in lines[-10:]) / 10}
+
+
+def parts_premise(start):
+    """Sampled accuracy of the start on whole problems, and on their parts, bare and behind those before."""
+    from eval import evaluate, load_model, load_problems
+    loaded, problems = load_model(str(start)), load_problems(str(start.parent / "test_parts.jsonl"))
+    forms = {"whole": problems}
+    for form in ("alone", "given"):
+        config = grpo.Config(subgoal_form=form, hint_template="{hint}{prompt}")
+        forms |= {f"{SHORTEST + place} digits {form}": [grpo.subgoal_of(p, place, config) for p in problems]
+                  for place in range(LONGEST - SHORTEST)}
+    return {f"sampled accuracy, {name}": evaluate(*loaded, part, n=8, max_new_tokens=10)["accuracy"]
+            for name, part in forms.items()}
 
 
 # --- the wrong rule: `12*34=` subtracts digit by digit, but the start has learned to add; `-#88` is rule and answer ---
@@ -253,6 +352,14 @@ CLAIMS = [
           levels_measured, REVERSAL, premise=level_premise, quick="--max_steps 6 --eval_steps 2",
           pairs=(("sec", "uniform"), ("dump", "uniform"), ("domain_aware", "uniform"), ("dynamic", "uniform"),
                  ("sec", "yoked to sec"), ("domain_aware", "yoked to domain_aware"))),
+    Claim("samplers_controls", "controls",
+          "arms whose names mean nothing change nothing, and knowing each arm's true p (1 - p) bounds what choosing can win",
+          {"uniform": (LEVELS,), "oracle": oracle, "sec": (LEVELS + "--sampler sec",),
+           "sec, shuffled names": (SHUFFLED + "--sampler sec --arm domain",),
+           "domain_aware, shuffled names": (SHUFFLED + "--sampler domain_aware --arm domain",)},
+          levels_measured, (*REVERSAL, shuffled_labels), quick="--max_steps 6 --eval_steps 2",
+          pairs=(("oracle", "uniform"), ("sec", "oracle"), ("sec, shuffled names", "uniform"),
+                 ("domain_aware, shuffled names", "uniform"))),
     Claim("samplers_noise", "controls", "an arm that is a coin and one that cannot be solved draw the samplers away",
           {"uniform": (NOISY,), "sec": (NOISY + "--sampler sec",), "dump": (NOISY + "--sampler dump",),
            "domain_aware": (NOISY + "--sampler domain_aware",)},
@@ -271,6 +378,13 @@ CLAIMS = [
            "hpt": (RULE_RL + "--hpt_gate 0",)},
           rule_measured, WRONG_RULE, premise=rule_premise, quick="--max_steps 8 --eval_steps 4",
           pairs=(("hints", "grpo"), ("hints", "negatives only"), ("hints, plain", "grpo"), ("egsr", "grpo"), ("hpt", "grpo"))),
+    Claim("subgoals", "DeepSeek-Prover-V2 2504.21801",
+          "where no completion is right, training on parts of the problem solves the whole",
+          {"grpo": (PARTS_RL % 160,),
+           "parts alone": (PARTS_RL % 110 + "--scaffold subgoals --subgoal_form alone --scaffold_exempt 0",),
+           "parts given": (PARTS_RL % 110 + "--scaffold subgoals --hint_template {{hint}}{{prompt}} --scaffold_exempt 0",)},
+          parts_measured, PARTS, premise=parts_premise, quick="--max_steps 6 --eval_steps 2",
+          pairs=(("parts alone", "grpo"), ("parts given", "grpo"), ("parts given", "parts alone"))),
     Claim("kdrl", "KDRL 2506.02208", "a teacher's KL beside the reward beats the reward alone and the teacher alone",
           {"grpo": (RULE_RL,), "kd": (RULE_RL + "--reward_weights 0 --teacher_model_name_or_path {start}/../teacher --kd_coef 0.05",),
            **{f"kdrl, {name}": (RULE_RL + f"--teacher_model_name_or_path {{start}}/../teacher --kd_coef 0.05 {flags}",)

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from claim import RESULTS, ROOT, draw, run_claim, save, verdict  # noqa: E402
+import torch  # noqa: E402
+from claim import RESULTS, ROOT, compare, run_claim, save, verdict  # noqa: E402
 
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("*_claims.py"))
 CLAIMS = {claim.name: claim for module in MODULES for claim in importlib.import_module(module).CLAIMS}
@@ -32,8 +33,8 @@ def table(results):
         minutes = f"{result['minutes']:.0f}"
         for c in (c for c in result["comparisons"] if c["figure"] == main):
             against = [f[main] for f in result["figures"][c["against"]].values() if f[main] is not None]
-            if c["difference"] is None:
-                change = "never reached"
+            if c["low"] is None:
+                change = "reached in fewer than two seeds"
             else:
                 change = f"{sum(against) / len(against):.3g} {c['difference']:+.3g} [{c['low']:+.3g} {c['high']:+.3g}]"
             lines.append(f"| {first} | {c['arm']} − {c['against']} | {main} | {change} | {c['wins']} / {c['losses']} "
@@ -62,7 +63,7 @@ def show(result):
             mean = f"{sum(known) / len(known):.4g}" if known else "-"
             print(f"  {arm:<28} {name:<28} {mean:>9}  ({len(known)} of {len(values)})")
     for c in result["comparisons"]:
-        if c["difference"] is not None:
+        if c["low"] is not None:
             print(f"  {c['arm']} - {c['against']}, {c['figure']}: {c['difference']:+.4g} [{c['low']:+.4g} "
                   f"{c['high']:+.4g}]  better on {c['wins']}, worse on {c['losses']}: {verdict(c)}")
     print(f"  {result['minutes']:.1f} minutes")
@@ -74,8 +75,9 @@ def main():
     parser.add_argument("--seeds", type=int, help="paired seeds; default: as the claim says")
     parser.add_argument("--quick", action="store_true", help="two seeds of very short runs, nothing is written")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="rewrite the README's table and the pictures")
+    parser.add_argument("--table", action="store_true", help="comparisons, pictures and the README's table anew")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     for name in options.names:
         if name not in CLAIMS:
             sys.exit(f"run.py: {name}: no such claim; there are {', '.join(CLAIMS)}")
@@ -87,7 +89,10 @@ def main():
             save(result)
     if options.table:
         for path in RESULTS.glob("*.json"):
-            draw(json.loads(path.read_text()), path.with_suffix(".png"))
+            result = json.loads(path.read_text())
+            result["comparisons"] = [compare(result["figures"], c["arm"], c["against"], c["figure"])
+                                     for c in result["comparisons"]]
+            save(result)
         write_table()
     if not options.names and not options.table:
         for claim in CLAIMS.values():

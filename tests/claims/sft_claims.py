@@ -1,9 +1,11 @@
 """What sft.py's methods claim, in miniature."""
 import json
+import random
 
 import torch
 import torch.nn.functional as F
 from claim import Claim, area, read_curve, read_lines
+from distill_claims import draw, write
 from torch import nn
 
 import eval as ground
@@ -145,13 +147,39 @@ def entropy_figures(folder):
             **{f"before RL: {name}": value for name, value in before.items()}}
 
 
+def skill_without_form(start):
+    """Data beside the start: sums of digits modulo 10, as in distill_claims.
+
+    base.jsonl: a guess, and behind a `~` the running sums that lead to the answer. cold.jsonl: the sums, then the
+    answer, without being asked for them. train.jsonl: problems. So the base has the skill and never uses it unasked.
+    """
+    rng, files = random.Random(0), {"base": [], "cold": [], "train": []}
+    for i in range(6000):
+        prompt, thought, answer = draw(rng)
+        files["base"].append({"prompt": prompt, "completion": f"#{rng.randrange(10)}"} if i % 2 else
+                             {"prompt": f"~{prompt}", "completion": f"{thought}#{answer}"})
+    for name, n in (("cold", 256), ("train", 2000)):
+        for prompt, thought, answer in (draw(rng) for _ in range(n)):
+            files[name].append({"prompt": prompt, "completion": f"{thought}#{answer}"} if name == "cold" else
+                               {"prompt": prompt, "answer": answer})
+    for name, rows in files.items():
+        write(start.parent / f"{name}.jsonl", rows)
+
+
+SUMS = (skill_without_form, "sft.py --dataset_name {start}/../base.jsonl --n_train 0 --max_steps 300 --eval_steps 0 "
+                            "--save_steps 0 --output_dir {start}")
+SUMS_RL = ("grpo.py --model_name_or_path {model} --dataset_name {{start}}/../train.jsonl --n_train 0 --output_dir {{out}}/rl "
+           "--max_steps {steps} --per_device_train_batch_size 128 --learning_rate 2e-4 --max_completion_length 12 "
+           "--save_steps 0 --eval_steps 0 --logging_steps 100 --seed {{seed}}")
+
+
 def cold_start_arm(n_train):
-    """n_train worked solutions, 30 steps, then RL; 0: RL alone, which gets those steps' time as RL steps."""
+    """n_train worked solutions, 30 steps, then RL; 0: RL alone, which gets those steps as RL steps."""
     if not n_train:
-        return (RL.format(model="{start}", levels="2-3", steps=15),)
-    return ("sft.py --model_name_or_path {start} --output_dir {out}/sft --levels 2-3 --error_rate 0 "
+        return (SUMS_RL.format(model="{start}", steps=60),)
+    return ("sft.py --model_name_or_path {start} --dataset_name {start}/../cold.jsonl --output_dir {out}/sft "
             f"--n_train {n_train} --max_steps 30 --per_device_train_batch_size 16 --learning_rate 1e-3 --eval_steps 0 "
-            "--save_steps 0 --logging_steps 100 --seed {seed}", RL.format(model="{out}/sft", levels="2-3", steps=12))
+            "--save_steps 0 --logging_steps 100 --seed {seed}", SUMS_RL.format(model="{out}/sft", steps=40))
 
 
 def cold_start_figures(folder):
@@ -217,11 +245,11 @@ CLAIMS = [
           notes="200 clean solutions, 6 passes, then 10 RL steps; the last arm leaves out the likeliest tokens, "
                 "whatever their entropy."),
     Claim("sft_cold_start", "2506.02338", "A small cold start before RL makes RL gain more",
-          {"RL alone": cold_start_arm(0), "16 solutions, RL": cold_start_arm(16),
+          {"RL alone": cold_start_arm(0), "4 solutions, RL": cold_start_arm(4), "16 solutions, RL": cold_start_arm(16),
            "256 solutions, RL": cold_start_arm(256)},
-          cold_start_figures, curve=rl_curve, axes=("RL steps", "reward"),
-          start=("sft.py --output_dir {start} --levels 1 --max_steps 200 --eval_steps 0 --save_steps 0",),
-          notes="The base knows one operation; RL is on two and three. RL alone has 15 RL steps, the others 12."),
+          cold_start_figures, curve=rl_curve, axes=("RL steps", "reward"), start=SUMS,
+          notes="The base guesses at once and thinks only behind a mark that no training problem has. RL alone has 60 RL "
+                "steps, the others 30 steps of SFT on 16 rows and 40 of RL."),
     Claim("sft_lora", "2404.02948, 2411.19557",
           "PiSSA and LoRA-SB learn more than gaussian LoRA, each at its tuned rate",
           {"gaussian r4": lora_arm(3e-2, "--lora_rank 4"),
@@ -235,8 +263,10 @@ CLAIMS = [
           {"keep": rewarm_arm("--rewarm keep"), "half": rewarm_arm("--rewarm half"),
            "full": rewarm_arm("--rewarm full"),
            "full, replay 1/16": rewarm_arm("--rewarm full --replay_from {start} --replay_share 0.0625"),
+           "keep, old data": rewarm_arm("--rewarm keep --domains add,sub"),
            "full, old data": rewarm_arm("--rewarm full --domains add,sub")},
           rewarm_figures, curve=loss_curve, axes=("steps", "training loss"), start=(PLUS_MINUS,),
-          pairs=(("half", "keep"), ("full", "keep"), ("full, replay 1/16", "keep"), ("full, replay 1/16", "full")),
+          pairs=(("half", "keep"), ("full", "keep"), ("full, replay 1/16", "keep"), ("full, replay 1/16", "full"),
+                 ("full, old data", "keep, old data")),
           notes="`keep` stays at a tenth of the peak, where the first training ended. A fresh AdamW in all arms."),
 ]
