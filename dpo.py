@@ -257,7 +257,7 @@ def leading_space(tokenizer, messages, answer):
     whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
     before = whole.rpartition(answer)[0]
     between = before[len(prompt) :] if before.startswith(prompt) else ""
-    return between if between.isspace() else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
 
 def checked(row, name, kinds, where):

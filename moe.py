@@ -1377,6 +1377,18 @@ def check_config(config):
         raise InputError("--from_scratch: `tiny` is drawn from scratch anyway")
 
 
+def check_micro_batches(config, resume):
+    """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
+    scopes = {config.balance, config.balance_switch.partition("@")[0]}
+    if not resume or not scopes & {"micro", "sync", "global"}:
+        return
+    before = json.loads((Path(config.output_dir) / "args.json").read_text())["flags"]
+    for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if before[name] != getattr(config, name):
+            raise InputError(f"--{name} {getattr(config, name)}: the run in --output_dir {config.output_dir} has "
+                             f"{before[name]}, and --balance {config.balance} is counted by micro-batches")
+
+
 def load_streams(split, n_rows, tokenizer, config):
     """The Stream of every domain."""
     return [make_stream(name, split, n_rows, tokenizer, config) for name in parse_domains(config.domains)]
@@ -1391,6 +1403,7 @@ def main(config):
     resume, finished = on_rank_0(lambda: open_run(config, args), world)
     if finished:
         return
+    check_micro_batches(config, resume)
     model, tokenizer = load_start(config, resume)
     streams = load_streams("train", config.n_train, tokenizer, config)
     held_out = load_streams("validation", config.n_eval, tokenizer, config) if config.eval_steps else []

@@ -707,3 +707,17 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
         moe.main(Config(**{"output_dir": str(tmp_path / "run"), "n_train": 2, **flags}))
     assert named in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("scope, refused", [("global", True), ("micro", True), ("sync", True), ("exact", False), ("bias", False)])
+def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, scope, refused):
+    first = Config(output_dir=str(tmp_path), balance=scope, micro_batch_tokens=512)
+    (tmp_path / "args.json").write_text(json.dumps({"flags": vars(first)}))
+    moe.check_micro_batches(first, tmp_path / "checkpoints" / "step_1")
+    other = Config(output_dir=str(tmp_path), balance=scope, micro_batch_tokens=256)
+    moe.check_micro_batches(other, None)
+    if refused:
+        with pytest.raises(InputError, match="--micro_batch_tokens 256: .* has 512"):
+            moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")
+    else:
+        moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")

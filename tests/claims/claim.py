@@ -105,7 +105,11 @@ def run_command(command):
 
 
 def run_arm(commands, log, **places):
-    """Runs an arm's command lines and calls its functions, with everything printed going to the file `log`."""
+    """Runs an arm's command lines and calls its functions, with everything printed going to the file `log`.
+
+    Beside it goes a file `.cpu` with the seconds of processor time; a finished run that is only looked at again, which
+    takes next to none, does not change it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -122,7 +126,15 @@ def run_arm(commands, log, **places):
         sys.stderr.flush()
         os._exit(1)
     sys.stdout.flush()
+    spent = log.with_suffix(".cpu")
+    spent.write_text(str(max(time.process_time(), cpu_seconds(log))))
     os._exit(0)
+
+
+def cpu_seconds(log):
+    """What the run with this log has cost in processor time, 0 where nobody has written it down."""
+    spent = log.with_suffix(".cpu")
+    return float(spent.read_text()) if spent.exists() else 0.0
 
 
 def run_all(tasks, jobs):
@@ -196,7 +208,7 @@ def verdict(comparison):
 
 def run_claim(claim, seeds, quick=False, jobs=1, runs=ROOT / "runs" / "claims"):
     """All runs of a claim and what they show: the dict that results/NAME.json holds. Finished runs are not repeated."""
-    began, extra = time.perf_counter(), claim.quick if quick else ""
+    extra = claim.quick if quick else ""
     folder = runs / ("quick" if quick else "") / claim.name
     start = start_folder(claim, runs, jobs)
     tasks = []
@@ -208,6 +220,7 @@ def run_claim(claim, seeds, quick=False, jobs=1, runs=ROOT / "runs" / "claims"):
             tasks.append((commands, out.with_name(f"{seed}.log"), {"out": out, "seed": seed, "start": start,
                                                                      "claim": folder, "other": (seed + 1) % seeds}))
     run_all(tasks, jobs)
+    logs = [log for _, log, _ in tasks] + ([start.parent / "log.txt"] if start else [])
     figures, curves = {}, {}
     for (_, _, places), (arm, seed) in zip(tasks, [(arm, seed) for arm in claim.arms for seed in range(seeds)]):
         figures.setdefault(arm, {})[str(seed)] = claim.measure(places["out"])
@@ -219,7 +232,7 @@ def run_claim(claim, seeds, quick=False, jobs=1, runs=ROOT / "runs" / "claims"):
              for arm, parts in {"start": claim.start, **claim.arms}.items()}
     return {"name": claim.name, "source": claim.source, "says": claim.says, "notes": claim.notes, "seeds": seeds,
             "command": f"python tests/claims/run.py {claim.name} --seeds {seeds}", "date": str(date.today()),
-            "minutes": (time.perf_counter() - began) / 60, "commands": words,
+            "cpu_minutes": sum(map(cpu_seconds, logs)) / 60, "commands": words,
             "premise": claim.premise(start) if claim.premise else {}, "figures": figures, "comparisons": comparisons,
             "axes": list(claim.axes), "curves": curves,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,

@@ -25,12 +25,12 @@ BEGIN, END = "<!-- claims: written by tests/claims/run.py --table -->", "<!-- en
 
 def table(results):
     """The README's table of all results, as Markdown: one line a comparison of each claim's main figure."""
-    lines = ["| claim | compared | figure | baseline, difference [95 %] | seeds better / worse | seen | minutes |",
+    lines = ["| claim | compared | figure | baseline, difference [95 %] | seeds better / worse | seen | CPU minutes |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     for result in results:
         main = next(iter(next(iter(next(iter(result["figures"].values())).values()))))
         first = f"[`{result['name']}`](tests/claims/results/{result['name']}.png): {result['says']} ({result['source']})"
-        minutes = f"{result['minutes']:.0f}"
+        minutes = f"{result['cpu_minutes']:.0f}" if "cpu_minutes" in result else f"{result['minutes']:.0f} (wall)"
         for c in (c for c in result["comparisons"] if c["figure"] == main):
             against = [f[main] for f in result["figures"][c["against"]].values() if f[main] is not None]
             if c["low"] is None:
@@ -66,7 +66,7 @@ def show(result):
         if c["low"] is not None:
             print(f"  {c['arm']} - {c['against']}, {c['figure']}: {c['difference']:+.4g} [{c['low']:+.4g} "
                   f"{c['high']:+.4g}]  better on {c['wins']}, worse on {c['losses']}: {verdict(c)}")
-    print(f"  {result['minutes']:.1f} minutes")
+    print(f"  {result['cpu_minutes']:.1f} minutes of processor time")
 
 
 def main():
