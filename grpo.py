@@ -29,6 +29,7 @@ import contextlib
 import copy
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -1516,6 +1517,23 @@ def judge(problem, row, pace, config):
     row.reward += soft_overlong(len(row.tokens_T), pace.limit, config.soft_overlong_tokens)
 
 
+def judge_all(pairs, pace, config, world):
+    """`judge` for all (problem, row) pairs, shared out over the processes, in place: all hold the same verdicts.
+
+    A checker with a deadline, or a reward function of one's own, may answer differently from one call to the next;
+    processes that disagree would train on different rows and wait for each other for ever.
+    """
+    for problem, row in pairs[world.rank :: world.size]:
+        judge(problem, row, pace, config)
+    if world.size > 1:
+        verdicts = [(row.right, row.scores, row.reward) for _, row in pairs[world.rank :: world.size]]
+        parts = [None] * world.size
+        dist.all_gather_object(parts, verdicts)
+        for rank, part in enumerate(parts):
+            for (_, row), verdict in zip(pairs[rank :: world.size], part, strict=True):
+                row.right, row.scores, row.reward = verdict
+
+
 def sample_prompts(decoder, tokenizer, prompts_P, counts_P, limit, seeds, config, world):
     """Samples counts_P completions of each prompt, the prompts shared out over the processes: Rollouts of all rows.
 
@@ -1558,15 +1576,13 @@ class Actor:
         texts_R, lengths_R = found.texts(self.tokenizer), found.lengths_R.tolist()
         self.calls, self.rollouts = self.calls + 1, self.rollouts + len(texts_R)
         self.tokens += sum(lengths_R)
-        groups, r = [], 0
-        for problem, prompt, count in zip(problems_P, prompts_P, counts_P):
-            groups.append([])
-            for r in range(r, r + count):
-                tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
-                groups[-1].append(Row(prompt, tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
-                judge(problem, groups[-1][-1], pace, self.config)
-            r += 1
-        return groups
+        rows, owners = [], [p for p, count in enumerate(counts_P) for _ in range(count)]
+        for r, p in enumerate(owners):
+            tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
+            rows.append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
+        judge_all([(problems_P[p], row) for p, row in zip(owners, rows)], pace, self.config, self.world)
+        left = iter(rows)
+        return [list(itertools.islice(left, count)) for count in counts_P]
 
 
 def collect(sampler, actor, problems, pace, n_rows, config):

@@ -310,6 +310,22 @@ def test_a_bad_reward_is_named(value, monkeypatch):
         grpo.judge(Problem("1+1=", "2"), row_of("2"), grpo.pace_of(0, config()), config())
 
 
+def test_all_processes_hold_one_verdict_of_each_row(monkeypatch):
+    """A checker that says something else in every process: each row is judged in one of them, and all follow it."""
+    said = {}
+    for rank in range(2):
+        monkeypatch.setattr(grpo, "verify", lambda text, answer: rank == 1)
+        monkeypatch.setattr(grpo.dist, "all_gather_object", lambda parts, mine: said.update({rank: mine}))
+        with pytest.raises(TypeError):  # nobody has answered yet
+            grpo.judge_all([(Problem("q", "1"), row_of()) for _ in range(5)], grpo.pace_of(0, config()), config(), World(rank, 2, "cpu"))
+    monkeypatch.setattr(grpo.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(2), [said[0], said[1]]))
+    for rank in range(2):
+        rows = [row_of() for _ in range(5)]
+        grpo.judge_all([(Problem("q", "1"), row) for row in rows], grpo.pace_of(0, config()), config(), World(rank, 2, "cpu"))
+        assert [row.right for row in rows] == [False, True, False, True, False]
+        assert [(row.reward, row.scores) for row in rows] == [(float(row.right), (float(row.right),)) for row in rows]
+
+
 def test_what_is_logged_about_rollouts():
     c, problem = config(reward_funcs=["accuracy", "format"]), Problem("1+1=", "2")
     texts, lengths = ["#2", "#2", "#2", "#2", "#2", "#1", "x", "x"], [2, 4, 6, 12] * 2
