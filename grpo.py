@@ -1417,7 +1417,8 @@ def demonstrate(groups, problems, tokenizer, config):
     """HPT: a group with too few right completions is replaced by its problem's solution, to be imitated: their share.
 
     In the unified view of the paper imitation is a policy gradient with advantage 1 and the policy itself as the old
-    one, and so it is done here. Both kinds are divided by the number of prompts. Source: HPT 2509.04419 eq. 6-8.
+    one, and so it is done here. A solution's mean log-likelihood weighs sft_coef / prompts of the step.
+    Source: HPT 2509.04419 eq. 6-8.
     """
     swapped = 0
     for group in groups:
@@ -1680,11 +1681,14 @@ def row_example(row):
     return Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
 
 
-def consult(groups, reference, teacher, pace, config, world):
-    """Adds to the rows what does not depend on the weights being trained: the reference, the teacher, TEA's weights."""
+def consult(groups, policy, reference, teacher, pace, config, world):
+    """Adds to the rows what stays as it is while they are trained on: log-probs of others, KL in advantages, TEA."""
     rows = [row for group in groups for row in group.rows]
     if not rows:
         return
+    if config.kl_in_reward or config.entropy_weighting == "tea":  # both need the policy's log-probs of every row,
+        foreign = [row for row in rows if row.values["sampled"].isnan().any()]  # also of those it did not sample so
+        add_logps(policy, foreign, "sampled", config, world)
     if reference is not None:
         add_logps(reference, rows, "reference", config, world)
     if teacher is not None:
@@ -1695,14 +1699,12 @@ def consult(groups, reference, teacher, pace, config, world):
             acts = {"all": True, "wrong": not row.right, "stuck": stuck}[config.kd_rows]
             row.kd_coef = pace.kd_coef * acts * (not row.demo)
         if config.kl_in_reward:  # T1 2501.11651: centred over the group, so a KL that all share moves nothing
-            kl = [float((row.values["sampled"] - row.values["reference"]).nan_to_num().sum()) for row in group.rows]
+            kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
             for row, value in zip(group.rows, kl):
                 row.advantage -= config.beta * (value - sum(kl) / len(kl))
     if config.entropy_weighting == "tea":
-        width = max(len(row.tokens_T) for row in rows)
-        logps_RT = torch.stack([nn.functional.pad(row.values["sampled"].nan_to_num(), (0, width - len(row.tokens_T)))
-                                for row in rows])
-        mask_RT = torch.arange(width) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]
+        logps_RT = nn.utils.rnn.pad_sequence([row.values["sampled"] for row in rows], batch_first=True)
+        mask_RT = torch.arange(logps_RT.shape[1]) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]
         weights_RT = tea_weights(torch.tensor([row.advantage for row in rows]), logps_RT, mask_RT)
         for row, weights_T in zip(rows, weights_RT):
             row.values["entropy_weight"] = weights_T[: len(row.tokens_T)].clone()
@@ -1801,14 +1803,15 @@ class Update:
         advantages_B, weights_B, kd_B, demo_B = numbers_BC.to(logps_BS).unbind(1)
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
+        own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
         bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
-        gain_BS = gain_BS + config.entropy_coef * bonus_BS * entropy_BS
+        gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
         sampled_BS = self.spread("sampled", rows, batch)
         numbers = {"entropy": entropy_BS.detach().sum(),
                    "clip_ratio": clip_share(logps_BS.detach(), old_logps_BS, advantages_B, batch.mask_BS, config),
                    "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
         if config.beta:
-            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS
+            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
             gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
             numbers["kl"] = kl_BS.detach().sum()
         if config.kd_coef:
@@ -2035,7 +2038,7 @@ def main(config):
             credit(groups, pace, n_rows, config)
             if config.hpt_gate >= 0:
                 numbers |= demonstrate(groups, problems, tokenizer, config)
-            consult(groups, reference, teacher, pace, config, world)
+            consult(groups, policy, reference, teacher, pace, config, world)
             rows = [row for group in groups for row in group.rows]
             state["picked"] = [group.problem for group in groups]
             state["rollouts"] += actor.rollouts - before

@@ -202,7 +202,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
     c = config(loss_type=loss_type, temperature=0.9, **extra)
     groups = groups_of(model, tokenizer, c, REWARDS)
     other = grpo.Policy(load_model("tiny")[0])
-    grpo.consult(groups, other if c.beta else None, other if c.kd_coef else None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult(groups, grpo.Policy(model), other if c.beta else None, other if c.kd_coef else None, grpo.pace_of(0, c), c, ALONE)
     found = []
     for rows, tokens in ((12, 0), (1, 0), (5, 0), (12, 50)):
         c.per_device_train_batch_size, c.micro_batch_tokens = rows, tokens

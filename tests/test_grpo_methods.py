@@ -248,7 +248,7 @@ def test_collect_counts_what_it_throws_away_and_stops():
 def test_a_step_without_a_mixed_group_changes_nothing_and_goes_on(tiny, loss_type):
     c = config(sampler="dynamic", loss_type=loss_type, beta=0.1, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="batch")
     grpo.credit([], grpo.pace_of(0, c), 8, c)
-    grpo.consult([], grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult([], grpo.Policy(tiny[0]), grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
     assert grpo.Update([], True, c).rows == []
 
 
@@ -430,10 +430,62 @@ def test_kl_in_the_reward_is_centred_over_the_group(tiny):
     for i, row in enumerate(group.rows):
         row.values["sampled"] = torch.full((3,), -float(i))
     model, _ = tiny
-    grpo.consult([group], grpo.Policy(model), None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult([group], grpo.Policy(model), grpo.Policy(model), None, grpo.pace_of(0, c), c, ALONE)
     kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
     wanted = [a - 0.1 * (k - sum(kl) / 4) for a, k in zip(before, kl)]
     assert [row.advantage for row in group.rows] == pytest.approx(wanted) and len(set(kl)) > 1
+
+
+def test_rows_that_were_not_sampled_under_their_prompt_count_with_their_true_log_probs(tiny):
+    """A hinted completion trained under the bare prompt: its KL and its TEA weights are those of the bare prompt."""
+    model, tokenizer = tiny
+    policy, reference = grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0])
+    c = config(beta=0.1, kl_in_reward=True, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="none")
+    known = group_of(0, 2)
+    for i, row in enumerate(known.rows):
+        row.tokens_T = torch.arange(3, 6 + i)
+    grpo.add_logps(policy, known.rows, "sampled", c, ALONE)
+    blind = copy.deepcopy(known)
+    blind.rows[3].values["sampled"].fill_(math.nan)
+    for group in (known, blind):
+        grpo.credit([group], grpo.pace_of(0, c), 4, c)
+        grpo.consult([group], policy, reference, None, grpo.pace_of(0, c), c, ALONE)
+    for a, b in zip(known.rows, blind.rows):
+        assert a.advantage == pytest.approx(b.advantage, abs=1e-6)
+        assert torch.allclose(a.values["entropy_weight"], b.values["entropy_weight"], atol=1e-5)
+    assert known.rows[3].advantage != pytest.approx(-0.5, abs=1e-4)  # the KL did move it
+
+
+def test_a_solution_is_imitated_and_nothing_else(tiny):
+    model, tokenizer = tiny
+    found, problem = [], Problem("1+1=", "2", "1+1=2#2")
+    for extra in ({}, {"beta": 0.5, "entropy_coef": 0.5}):
+        c, group = config(hpt_gate=0.0, **extra), group_of(0, 0)
+        group.rows[0].prompt = encode_prompt(tokenizer, problem.prompt)
+        grpo.demonstrate([group], [problem], tokenizer, c)
+        grpo.consult([group], grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0]), None, grpo.pace_of(0, c), c, ALONE)
+        found.append(gradient(model, group.rows, c))
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-6) for name in found[0])
+
+
+def test_a_group_without_a_right_completion_moves_nothing_unless_it_is_helped(tiny):
+    model, tokenizer = tiny
+    problem = Problem("1+1=", "2", hints=("a",))
+
+    def moves(helped, **flags):
+        c, group = config(hint_template="{prompt}{hint}", **flags), group_of(0, 0)
+        for i, row in enumerate(group.rows):
+            row.prompt, row.reward = encode_prompt(tokenizer, problem.prompt), 0.1 * i * (len(c.reward_funcs) > 1)
+        if helped:
+            player = Player(lambda problem: problem.prompt.endswith("a"))
+            grpo.add_hints([group], player, [problem], grpo.pace_of(0, c), c)
+            group.rows[-1].prompt = encode_prompt(tokenizer, "1+1=1")
+        grpo.credit([group], grpo.pace_of(0, c), 4, c)
+        return any(slope.any() for slope in gradient(model, group.rows, c).values())
+
+    assert not moves(False) and moves(True, scaffold="hints")
+    assert not moves(False, reward_funcs=["accuracy", "length"])
+    assert moves(False, reward_funcs=["accuracy", "length"], shape_silent_groups=True)
 
 
 # --- scaffolds ---
