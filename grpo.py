@@ -262,11 +262,12 @@ def teacher_penalty(logps_BS, teacher_logps_BS, direction):
 
     Named by the KL whose gradient it has, which is not what its value suggests: k2 = log-ratio^2 / 2 has the gradient
     of KL(policy || teacher), `reverse`; k3 = r - 1 - log r that of KL(teacher || policy), `forward`; k1 as a loss has
-    none. Log-ratios beyond 10 pull no harder than 10. Source: KDRL 2506.02208; Schulman 2020; by enumeration in tests.
+    none. Log-ratios beyond 10 pull no harder than 10 (k2); above 10, where k3's pull would be e^10, it has none.
+    Source: KDRL 2506.02208; Schulman 2020; by enumeration in tests.
     """
     if direction == "reverse":
         return nn.functional.huber_loss(logps_BS, teacher_logps_BS, reduction="none", delta=10.0)
-    log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(-10, 10)
+    log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(max=10)
     return log_ratio_BS.expm1() - log_ratio_BS
 
 

@@ -358,6 +358,12 @@ def test_gradients_of_the_teacher_penalties_by_enumeration():
         assert torch.allclose(torch.autograd.grad(loss, logits, retain_graph=True)[0], wanted)
     k1 = (weights * (policy - teacher)).sum()
     assert torch.allclose(torch.autograd.grad(k1, logits)[0], torch.zeros(7, dtype=torch.float64))
+    certain = torch.tensor([0.0, -20.0], dtype=torch.float64).log_softmax(0)  # what the policy likes it all but forbids
+    doubtful = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    mine = doubtful.log_softmax(0)
+    wanted = torch.autograd.grad((certain.exp() * (certain - mine)).sum(), doubtful, retain_graph=True)[0]
+    loss = (mine.exp().detach() * grpo.teacher_penalty(mine[None], certain[None], "forward")[0]).sum()
+    assert torch.allclose(torch.autograd.grad(loss, doubtful)[0], wanted)
     far = torch.tensor([[-30.0]], requires_grad=True)
     grpo.teacher_penalty(far, torch.tensor([[-1.0]]), "reverse").backward()
     assert far.grad.item() == -10
