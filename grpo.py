@@ -1169,7 +1169,8 @@ class ADCL(Uniform):
             state["difficulty"][group.problem] = 1 - group.success()
         state["left"] = sorted(state["measuring"], key=lambda i: (state["difficulty"][i], i))
         if not state["chunks"]:
-            state["chunks"] = [part.tolist() for part in np.array_split(state["left"], self.config.adcl_chunks)]
+            parts = np.array_split(state["left"], min(self.config.adcl_chunks, len(state["left"])))
+            state["chunks"] = [part.tolist() for part in parts]
             state["left"] = state["chunks"][0]
 
     def measures(self):
@@ -1228,7 +1229,7 @@ class Yoked(Uniform):
         if not path.is_file():
             raise InputError(f"--sampler {config.sampler}: {path} is not there")
         self.replayed = [json.loads(line) for line in path.read_text().splitlines()]
-        columns = {name for name in self.replayed[0] if name.startswith("sampler/rollouts/")}
+        columns = {name for line in self.replayed for name in line if name.startswith("sampler/rollouts/")}
         mine = {f"sampler/rollouts/{name}" for name in self.names}
         if columns != mine or len(self.replayed) < config.max_steps:
             raise InputError(f"--sampler {config.sampler}: that run has {len(self.replayed)} steps and arms "
@@ -1742,7 +1743,7 @@ def describe(groups, config):
     lengths_R = torch.tensor([float(len(row.tokens_T)) for row in rows])
     numbers = {"reward": np.mean([row.reward for row in rows]),
                "sampled_accuracy": np.mean([row.right for row in rows]),
-               "reward_std": np.mean([torch.tensor(values).std() for values in rewards]),
+               "reward_std": np.mean([torch.tensor(group).std(correction=min(1, len(group) - 1)) for group in rewards]),
                "frac_reward_zero_std": np.mean([max(values) - min(values) < 1e-6 for values in rewards]),
                "frac_all_wrong": np.mean([group.success() == 0 for group in groups]),
                "frac_all_right": np.mean([group.success() == 1 for group in groups]),
@@ -1855,8 +1856,8 @@ def check_config(config):
     choices = {"loss_type": clips, "scale_rewards": ("auto", "group", "batch", "none"),
                "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
                "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
-               "hint_logps": ("auto", "hinted", "plain"),
-               "subgoal_form": ("alone", "given"), "entropy_weighting": ("uniform", "tea"),
+               "hint_logps": ("auto", "hinted", "plain"), "subgoal_form": ("alone", "given"),
+               "entropy_weighting": ("uniform", "tea"),
                "kd_direction": ("reverse", "forward"), "kd_schedule": ("constant", "anneal", "switch"),
                "kd_rows": ("all", "wrong", "stuck")}
     for name, allowed in choices.items():
@@ -1873,7 +1874,8 @@ def check_config(config):
     usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
     config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
     for name, low in {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1,
-                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "dump_window": 1,
+                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0,
+                      "cispo_max_weight": 0, "dump_window": 1,
                       "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1, "budget_drops": 0,
                       "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}.items():
         if not getattr(config, name) >= low:
@@ -1895,8 +1897,10 @@ def check_config(config):
 def check_combinations(config):
     """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
     for stage in config.stages:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) or int(stage.split("x")[0]) > config.max_completion_length:
-            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size: 64x8")
+        fits = re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) and int(stage.split("x")[0]) <= config.max_completion_length
+        if not fits or int(stage.split("x")[1]) < 2:
+            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
+                             "more): 64x8")
     if config.length_budget and (len(config.length_budget) != 2 or min(config.length_budget) < 1):
         raise InputError(f"--length_budget {config.length_budget}: must be two numbers of tokens, first and last")
     low, high = (config.knapsack_range + [0, 0])[:2]
@@ -1997,7 +2001,7 @@ def main(config):
     world = start_world(config)
     args = run_args(config, world)
     n_rows = args["rows_per_step"]
-    for stage in [f"--num_generations {config.num_generations}", *(f"--stages {stage}" for stage in config.stages)]:
+    for stage in [f"--stages {stage}" for stage in config.stages] or [f"--num_generations {config.num_generations}"]:
         if n_rows % int(re.findall(r"\d+", stage)[-1]):
             raise InputError(f"{stage}: the group size must divide the {n_rows} rows of a step "
                              "(per_device_train_batch_size x gradient_accumulation_steps x processes)")

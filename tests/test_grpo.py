@@ -338,6 +338,8 @@ def test_what_is_logged_about_rollouts():
               "completions/clipped_ratio": 0.25, "completions/parse_fail": 0.25, "rewards/accuracy/mean": 5 / 8,
               "rewards/format/mean": 6 / 8, "sampled_accuracy": 5 / 8}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
+    numbers = grpo.describe([grpo.Group(0, rows[:1]), grpo.Group(1, rows[5:6])], c)  # as adcl measures with one sample
+    assert numbers["reward_std"] == 0 and all(math.isfinite(value) for value in numbers.values())
 
 
 # --- runs ---
@@ -411,6 +413,7 @@ def test_silence_is_said(tmp_path, cold_start, capsys):
     (dict(reward_funcs=["beauty"]), "--reward_funcs beauty"), (dict(reward_weights=[1.0, 2.0]), "--reward_weights"),
     (dict(scale_rewards="up"), "--scale_rewards up"), (dict(max_prompt_length=3), "--max_prompt_length 3"),
     (dict(model_name_or_path="runs/nowhere/at/all"), "--model_name_or_path"), (dict(beta=-1.0), "--beta -1"),
+    (dict(epsilon_high=-0.1), "--epsilon_high -0.1"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, cold_start, flags, named):
     with pytest.raises(InputError) as caught:

@@ -143,6 +143,14 @@ def test_adcl_measures_sorts_and_trains_on_easy_chunks_first():
     assert [i for i, _ in sampler.pick(pace, 16)] == sorted(easiest[4:], key=lambda i: (-now[i], i))
 
 
+def test_adcl_with_more_chunks_than_problems():
+    problems, c = [Problem(str(i), "1") for i in range(2)], config(sampler="adcl", adcl_chunks=50)
+    sampler, player = grpo.make_sampler(problems, c), Player(lambda problem: 2)
+    for step in range(4):
+        kept, _, _ = grpo.collect(sampler, player, problems, grpo.pace_of(step, c), 8, c)
+        assert sum(len(group.rows) for group in kept) == 8
+
+
 def worth(n, p):
     return (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2
 
@@ -667,6 +675,17 @@ def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):
             k: v for k, v in b.items() if k.startswith("sampler/rollouts")}
 
 
+def test_a_yoked_run_needs_lines_to_replay(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="has 0 steps"):
+        grpo.Yoked(["a", "b"], config(sampler=f"yoked:{tmp_path}"))
+
+
+def test_with_stages_only_their_group_sizes_must_divide_a_step(tmp_path, cold_start):
+    mine = flags_of(cold_start, stages=["12x5"], num_generations=4, per_device_train_batch_size=10, max_steps=1, save_steps=0)
+    grpo.main(Config(**mine, output_dir=str(tmp_path / "run")))
+
+
 def test_one_problem_fills_the_batch_with_groups_of_its_own(tmp_path, cold_start):
     grpo.main(Config(**flags_of(cold_start, n_train=1, max_steps=1), output_dir=str(tmp_path / "run")))
     [line] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -685,7 +704,7 @@ def test_entropy_alone_moves_the_policy(tmp_path, cold_start):
     (dict(kl_in_reward=True), "--kl_in_reward"), (dict(ref_model_mixup_alpha=0.1), "--ref_model_mixup_alpha"),
     (dict(entropy_weighting="tea"), "--entropy_weighting"), (dict(hint_template="{prompt}"), "--hint_template"),
     (dict(hpt_gate=0.0, scaffold="hints"), "--hpt_gate"), (dict(hpt_gate=0.0, sampler="dynamic"), "--hpt_gate"),
-    (dict(stages=["64"]), "--stages 64"), (dict(stages=["12x5"]), "--stages 12x5"), (dict(length_budget=[5]), "--length_budget"),
+    (dict(stages=["64"]), "--stages 64"), (dict(stages=["12x5"]), "--stages 12x5"), (dict(stages=["12x1"]), "--stages 12x1"), (dict(length_budget=[5]), "--length_budget"),
     (dict(knapsack_range=[8, 9]), "--knapsack_range"), (dict(horizon_review=1.5), "--horizon_review 1.5"),
     (dict(scaffold="hints", sampler="knapsack", stages=["12x4"]), "--sampler knapsack"),
 ])
