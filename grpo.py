@@ -107,7 +107,7 @@ class Config:
     horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one")
     adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn")
     adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty")
-    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest and most completions of a prompt")
+    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest completions of any prompt, most of a mixed one")
     knapsack_reweight: bool = flag(True, "knapsack: a prompt weighs as many completions as it got; off: all weigh G")
     max_rounds: int = flag(10, "dynamic: sample at most so many times for one step")
     scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)")
@@ -981,7 +981,7 @@ class Uniform:
     rounds = 1
 
     def __init__(self, arms_N, config):
-        self.config, self.names = config, sorted(set(arms_N))
+        self.config, self.names = config, sorted(set(arms_N), key=in_numbers)
         self.arm_of = [self.names.index(arm) for arm in arms_N]
         self.members = [[i for i, arm in enumerate(self.arm_of) if arm == a] for a in range(len(self.names))]
         self.state = {"drawn": [0] * len(self.names), "passed": 0}
@@ -1117,7 +1117,7 @@ class DUMP(Uniform):
 class DomainAware(Uniform):
     """RuleReasoner's sampling: the arms that fall most short of full reward get the most prompts, in exact quotas.
 
-    mean <- rate mean + (1 - rate) mean reward of the step; weight softmax((1 - mean) / temperature). An arm not seen
+    mean <- (1 - rate) mean + rate reward of the step; weight softmax((1 - mean) / temperature). An arm not seen
     yet counts as reward 0; one whose quota is 0 keeps its last mean and can come back. The authors' code averages
     a buffer in another way than their equation; the equation stands here. Source: RuleReasoner 2506.08672 section 3.2.
     """
@@ -1133,9 +1133,9 @@ class DomainAware(Uniform):
         return self.from_arms(quotas(self.shares(), n_rows // pace.generations), pace)
 
     def update(self, groups):
-        rate, rewards = 1 - self.config.sampler_rate, self.state["rewards"]
+        rate, rewards = self.config.sampler_rate, self.state["rewards"]
         for arm, reward in self.by_arm(groups, Group.success).items():
-            rewards[arm] = reward if rewards[arm] is None else rate * rewards[arm] + (1 - rate) * reward
+            rewards[arm] = reward if rewards[arm] is None else (1 - rate) * rewards[arm] + rate * reward
 
 
 class ADCL(Uniform):
@@ -1240,6 +1240,15 @@ class Yoked(Uniform):
         arms = [arm for arm, name in enumerate(self.names)
                 for _ in range(round(line[f"sampler/rollouts/{name}"] / pace.generations))]
         return self.from_arms(arms, pace)
+
+
+def in_numbers(name):
+    """What arms are sorted by, so that level 10 comes after level 9.
+
+    >>> sorted(["10,add", "9,sub", "9,add"], key=in_numbers)
+    ['9,add', '9,sub', '10,add']
+    """
+    return [(int(part) if part.isdecimal() else 0, part) for part in name.split(",")]
 
 
 def in_order(n, first, count, seed):

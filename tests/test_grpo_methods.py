@@ -119,6 +119,11 @@ def test_horizon_opens_the_next_arm_when_the_last_is_mastered():
     assert sampler.state["stage"] == 2  # there is no further one
 
 
+def test_arms_stand_in_the_order_of_their_numbers():
+    assert sampler_of("horizon", ["10", "9", "1"])[0].names == ["1", "9", "10"]
+    assert sampler_of("sec", ["10,add", "2,sub", "2,add"])[0].names == ["2,add", "2,sub", "10,add"]
+
+
 def test_horizon_without_a_gate_is_a_function_of_the_step():
     c = config(sampler="horizon", horizon_gate=0.0, horizon_review=0.0, max_steps=30)
     for step in (0, 9, 10, 19, 20, 29):
