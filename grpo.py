@@ -1405,10 +1405,9 @@ def subgoal_of(problem, place, config):
     before it as premises (in the prompt, by --hint_template).
     """
     prompt, answer = problem.subgoals[place]
-    if config.subgoal_form == "given" and place:
-        given = "".join(cut_solution(problem.solution)[:place])
-        prompt = helped_prompt(replace(problem, prompt=prompt), given, config)
-    return replace(problem, prompt=prompt, answer=answer)
+    part = replace(problem, prompt=fill_template(config.prompt_template, prompt), answer=answer)
+    given = "".join(cut_solution(problem.solution)[:place]) if config.subgoal_form == "given" else ""
+    return replace(part, prompt=helped_prompt(part, given, config)) if given else part
 
 
 def add_subgoals(groups, actor, problems, pace, config):

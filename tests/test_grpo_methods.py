@@ -581,6 +581,10 @@ def test_subgoals_in_both_forms():
     alone = grpo.subgoal_of(problem, 1, config(subgoal_form="alone"))
     given = grpo.subgoal_of(problem, 1, config(subgoal_form="given", hint_template="{hint}{prompt}"))
     assert (alone.prompt, alone.answer) == ("3+4-1=", "6") and (given.prompt, given.answer) == ("3+4=7;3+4-1=", "6")
+    around = config(prompt_template="<{prompt}>", hint_template="{prompt}|{hint}")
+    assert [grpo.subgoal_of(problem, place, around).prompt for place in (0, 1)] == ["<3+4=>", "<3+4-1=>|3+4=7;"]
+    unsolved = Problem("q", "5", subgoals=(("a", "1"), ("b", "2")))
+    assert grpo.subgoal_of(unsolved, 1, config()).prompt == "b"  # there are no steps to give
     c = config(scaffold="subgoals", subgoal_form="alone")
     groups, player = [group_of(0, 0), group_of(0, 1)], Player(lambda problem: 2)
     numbers = grpo.add_subgoals(groups, player, [problem], grpo.pace_of(0, c), c)
