@@ -1488,9 +1488,9 @@ def accuracy_reward(problem, row, pace, config):
 
 
 def format_reward(problem, row, pace, config):
-    """1 if the completion marks an answer (boxed, after # or ####, in answer tags), right or wrong, else 0."""
-    marked = any(mark in row.text for mark in ("\\boxed{", "#", "<answer>"))
-    return float(marked and extract_answer(row.text) is not None)
+    """1 if the completion marks an answer (boxed, after ####, in answer tags, # in its last line), right or wrong."""
+    marked = re.search(r"\\boxed\{|####|<answer>|#[^\n]*\Z", row.text)  # "# Step 1" is a headline
+    return float(marked is not None and extract_answer(row.text) is not None)
 
 
 def length_reward(problem, row, pace, config):

@@ -290,6 +290,8 @@ def test_rewards():
     right, wrong = row_of("37+5=42#42", 10, True), row_of("#41", 3)
     assert grpo.accuracy_reward(problem, right, pace, c) == 1 and grpo.accuracy_reward(problem, wrong, pace, c) == 0
     assert grpo.format_reward(problem, wrong, pace, c) == 1 and grpo.format_reward(problem, row_of("41"), pace, c) == 0
+    for text, marked in (("# Step 1\nIt is 41.", 0), ("# Step 1\n#### 41", 1), ("so \\boxed{41}", 1), ("<answer>41", 0)):
+        assert grpo.format_reward(problem, row_of(text), pace, c) == marked
     assert grpo.length_reward(problem, row_of("", 5), pace, c) == 0.75
 
 
