@@ -299,6 +299,8 @@ def test_golden_budgets_and_stages():
     assert [round(grpo.pace_of(step, c).budget) for step in (0, 149, 150, 300, 450, 599)] == [256, 256, 179, 125, 87, 87]
     assert [grpo.triangle(length, 100) for length in (0, 50, 100, 150, 200, 300)] == [0, 0.5, 1, 0.5, 0, 0]
     assert [grpo.length_surrogate(x) for x in (0.25, 0.5, 0.75, 1)] == [0.75, 1, 0.5, -1]
+    c = config(reward_funcs=["accuracy", "budget"], length_budget=[800, 160], budget_drops=2, max_steps=30, max_completion_length=999)
+    assert [int(grpo.pace_of(step, c).budget) for step in (0, 15, 29)] == [800, 357, 160]
     c = config(stages=["4x16", "8x8", "12x4"], max_steps=9)
     assert [(grpo.pace_of(s, c).limit, grpo.pace_of(s, c).generations) for s in (0, 2, 3, 6, 8)] == [
         (4, 16), (4, 16), (8, 8), (12, 4), (12, 4)]
