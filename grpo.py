@@ -1682,7 +1682,12 @@ def add_logps(model, rows, name, config, world):
         flat_N[places.to(world.device)] = logps_BS.flatten()[batch.where_N]
     if dist.is_initialized():
         dist.all_reduce(flat_N)
-    for row, values_T in zip(rows, flat_N.cpu().split(lengths)):
+    hand_out(flat_N, rows, name)
+
+
+def hand_out(values_N, rows, name):
+    """Sets values[name] of every row, in place, from the values of all their tokens, one row after another."""
+    for row, values_T in zip(rows, values_N.cpu().split([len(row.tokens_T) for row in rows])):
         row.values[name] = values_T
 
 
@@ -1788,6 +1793,7 @@ class Update:
         always = bool(config.entropy_coef or (config.beta and not config.kl_in_reward))
         self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
         self.fresh, self.config = fresh, config
+        self.keeps = fresh and config.num_iterations > 1  # the sampling policy's log-probs, for the steps to come
         self.examples = [row_example(row) for row in self.rows]
         self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
 
@@ -1803,14 +1809,12 @@ class Update:
         logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
         if self.fresh:  # the first step on these rollouts: the policy is still the one that sampled them
             old_logps_BS = logps_BS.detach()
-            if config.num_iterations > 1:
-                self.keep(old_logps_BS, rows, batch)
+            if self.keeps:
+                hand_out(old_logps_BS.flatten()[batch.where_N], rows, "old")
         else:
             old_logps_BS = self.spread("old", rows, batch)
-        numbers_BC = torch.zeros(len(batch.mask_BS), 4)
-        for i, row in enumerate(rows):
-            numbers_BC[i] = torch.tensor([row.advantage, row.weight, row.kd_coef, float(row.demo)])
-        advantages_B, weights_B, kd_B, demo_B = numbers_BC.to(logps_BS).unbind(1)
+        columns = [[row.advantage, row.weight, row.kd_coef, float(row.demo)] for row in rows] or [[0.0] * 4]
+        advantages_B, weights_B, kd_B, demo_B = torch.tensor(columns).to(logps_BS).unbind(1)
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
         own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
@@ -1831,27 +1835,20 @@ class Update:
         loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
         return loss, {name: value / self.n_tokens for name, value in numbers.items()}
 
-    def keep(self, old_logps_BS, rows, batch):
-        """Keeps the sampling policy's log-probs in the rows, for the steps to come."""
-        values_N = old_logps_BS.flatten()[batch.where_N].cpu()
-        for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
-            row.values["old"] = values_T
-
 
 def update_policy(policy, optimizer, update, step, config, world):
     """One optimizer step on the rows of `update`: (numbers, taken)."""
     parts = micro_batches([len(example.ids) for example in update.examples], config.per_device_train_batch_size,
                           config.micro_batch_tokens, world)
-    if update.fresh and config.num_iterations > 1:
+    if update.keeps:
         for row in update.rows:  # each process will fill in those of its own rows
             row.values["old"] = torch.zeros(len(row.tokens_T))
     numbers, taken = train_step(policy, optimizer, [collate(update.examples, part, world.device) for part in parts],
                                 update.loss_of, step, config, world)
-    if update.fresh and config.num_iterations > 1 and dist.is_initialized() and update.rows:
+    if update.keeps and dist.is_initialized() and update.rows:
         shared_N = torch.cat([row.values["old"] for row in update.rows]).to(world.device)
         dist.all_reduce(shared_N)
-        for row, values_T in zip(update.rows, shared_N.cpu().split([len(row.tokens_T) for row in update.rows])):
-            row.values["old"] = values_T
+        hand_out(shared_N, update.rows, "old")
     return numbers, taken
 
 

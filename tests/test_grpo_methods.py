@@ -640,7 +640,8 @@ COMBINATIONS = {
     "adcl": {"sampler": "adcl", "adcl_chunks": 3, "adcl_samples": 2},
     "knapsack, budget": {"sampler": "knapsack", "reward_funcs": ["accuracy", "budget"], "n_train": 4},
     "dynamic, hints": {"sampler": "dynamic", "scaffold": "hints", "max_rounds": 3},
-    "hpt, teacher": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "save_steps": 3},
+    "hpt, teacher, tea": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "save_steps": 3, "entropy_coef": 0.01,
+                          "entropy_weighting": "tea"},
     "stages": {"stages": ["12x8", "24x4"], "loss_type": "dr_grpo"}}
 
 
@@ -664,7 +665,7 @@ def test_a_combination_resumes_bit_for_bit(tmp_path, cold_start, name):
     assert any(line["grad_norm"] > 0 for line in lines[0])
 
 
-@pytest.mark.parametrize("name", ["sec, hints", "domain_aware, moving anchor", "knapsack, budget", "hpt, teacher"])
+@pytest.mark.parametrize("name", ["sec, hints", "domain_aware, moving anchor", "knapsack, budget", "hpt, teacher, tea"])
 def test_a_combination_on_two_processes_equals_one(tmp_path, tiny_model, name):
     mine = {**flags_of(tiny_model, **COMBINATIONS[name]), "max_steps": 3, "levels": "1-2", "domains": "",
             "learning_rate": 1e-4}
