@@ -29,6 +29,7 @@ import contextlib
 import copy
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -106,7 +107,7 @@ class Config:
     horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one")
     adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn")
     adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty")
-    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest and most completions of a prompt")
+    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest completions of any prompt, most of a mixed one")
     knapsack_reweight: bool = flag(True, "knapsack: a prompt weighs as many completions as it got; off: all weigh G")
     max_rounds: int = flag(10, "dynamic: sample at most so many times for one step")
     scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)")
@@ -261,11 +262,12 @@ def teacher_penalty(logps_BS, teacher_logps_BS, direction):
 
     Named by the KL whose gradient it has, which is not what its value suggests: k2 = log-ratio^2 / 2 has the gradient
     of KL(policy || teacher), `reverse`; k3 = r - 1 - log r that of KL(teacher || policy), `forward`; k1 as a loss has
-    none. Log-ratios beyond 10 pull no harder than 10. Source: KDRL 2506.02208; Schulman 2020; by enumeration in tests.
+    none. Log-ratios beyond 10 pull no harder than 10 (k2); above 10, where k3's pull would be e^10, it has none.
+    Source: KDRL 2506.02208; Schulman 2020; by enumeration in tests.
     """
     if direction == "reverse":
         return nn.functional.huber_loss(logps_BS, teacher_logps_BS, reduction="none", delta=10.0)
-    log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(-10, 10)
+    log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(max=10)
     return log_ratio_BS.expm1() - log_ratio_BS
 
 
@@ -979,7 +981,7 @@ class Uniform:
     rounds = 1
 
     def __init__(self, arms_N, config):
-        self.config, self.names = config, sorted(set(arms_N))
+        self.config, self.names = config, sorted(set(arms_N), key=in_numbers)
         self.arm_of = [self.names.index(arm) for arm in arms_N]
         self.members = [[i for i, arm in enumerate(self.arm_of) if arm == a] for a in range(len(self.names))]
         self.state = {"drawn": [0] * len(self.names), "passed": 0}
@@ -1115,7 +1117,7 @@ class DUMP(Uniform):
 class DomainAware(Uniform):
     """RuleReasoner's sampling: the arms that fall most short of full reward get the most prompts, in exact quotas.
 
-    mean <- rate mean + (1 - rate) mean reward of the step; weight softmax((1 - mean) / temperature). An arm not seen
+    mean <- (1 - rate) mean + rate reward of the step; weight softmax((1 - mean) / temperature). An arm not seen
     yet counts as reward 0; one whose quota is 0 keeps its last mean and can come back. The authors' code averages
     a buffer in another way than their equation; the equation stands here. Source: RuleReasoner 2506.08672 section 3.2.
     """
@@ -1131,9 +1133,9 @@ class DomainAware(Uniform):
         return self.from_arms(quotas(self.shares(), n_rows // pace.generations), pace)
 
     def update(self, groups):
-        rate, rewards = 1 - self.config.sampler_rate, self.state["rewards"]
+        rate, rewards = self.config.sampler_rate, self.state["rewards"]
         for arm, reward in self.by_arm(groups, Group.success).items():
-            rewards[arm] = reward if rewards[arm] is None else rate * rewards[arm] + (1 - rate) * reward
+            rewards[arm] = reward if rewards[arm] is None else (1 - rate) * rewards[arm] + rate * reward
 
 
 class ADCL(Uniform):
@@ -1167,7 +1169,8 @@ class ADCL(Uniform):
             state["difficulty"][group.problem] = 1 - group.success()
         state["left"] = sorted(state["measuring"], key=lambda i: (state["difficulty"][i], i))
         if not state["chunks"]:
-            state["chunks"] = [part.tolist() for part in np.array_split(state["left"], self.config.adcl_chunks)]
+            parts = np.array_split(state["left"], min(self.config.adcl_chunks, len(state["left"])))
+            state["chunks"] = [part.tolist() for part in parts]
             state["left"] = state["chunks"][0]
 
     def measures(self):
@@ -1226,7 +1229,7 @@ class Yoked(Uniform):
         if not path.is_file():
             raise InputError(f"--sampler {config.sampler}: {path} is not there")
         self.replayed = [json.loads(line) for line in path.read_text().splitlines()]
-        columns = {name for name in self.replayed[0] if name.startswith("sampler/rollouts/")}
+        columns = {name for line in self.replayed for name in line if name.startswith("sampler/rollouts/")}
         mine = {f"sampler/rollouts/{name}" for name in self.names}
         if columns != mine or len(self.replayed) < config.max_steps:
             raise InputError(f"--sampler {config.sampler}: that run has {len(self.replayed)} steps and arms "
@@ -1237,6 +1240,15 @@ class Yoked(Uniform):
         arms = [arm for arm, name in enumerate(self.names)
                 for _ in range(round(line[f"sampler/rollouts/{name}"] / pace.generations))]
         return self.from_arms(arms, pace)
+
+
+def in_numbers(name):
+    """What arms are sorted by, so that level 10 comes after level 9.
+
+    >>> sorted(["10,add", "9,sub", "9,add"], key=in_numbers)
+    ['9,add', '9,sub', '10,add']
+    """
+    return [(int(part) if part.isdecimal() else 0, part) for part in name.split(",")]
 
 
 def in_order(n, first, count, seed):
@@ -1393,10 +1405,9 @@ def subgoal_of(problem, place, config):
     before it as premises (in the prompt, by --hint_template).
     """
     prompt, answer = problem.subgoals[place]
-    if config.subgoal_form == "given" and place:
-        given = "".join(cut_solution(problem.solution)[:place])
-        prompt = helped_prompt(replace(problem, prompt=prompt), given, config)
-    return replace(problem, prompt=prompt, answer=answer)
+    part = replace(problem, prompt=fill_template(config.prompt_template, prompt), answer=answer)
+    given = "".join(cut_solution(problem.solution)[:place]) if config.subgoal_form == "given" else ""
+    return replace(part, prompt=helped_prompt(part, given, config)) if given else part
 
 
 def add_subgoals(groups, actor, problems, pace, config):
@@ -1416,7 +1427,8 @@ def demonstrate(groups, problems, tokenizer, config):
     """HPT: a group with too few right completions is replaced by its problem's solution, to be imitated: their share.
 
     In the unified view of the paper imitation is a policy gradient with advantage 1 and the policy itself as the old
-    one, and so it is done here. Both kinds are divided by the number of prompts. Source: HPT 2509.04419 eq. 6-8.
+    one, and so it is done here. A solution's mean log-likelihood weighs sft_coef / prompts of the step.
+    Source: HPT 2509.04419 eq. 6-8.
     """
     swapped = 0
     for group in groups:
@@ -1476,9 +1488,9 @@ def accuracy_reward(problem, row, pace, config):
 
 
 def format_reward(problem, row, pace, config):
-    """1 if the completion marks an answer (boxed, after # or ####, in answer tags), right or wrong, else 0."""
-    marked = any(mark in row.text for mark in ("\\boxed{", "#", "<answer>"))
-    return float(marked and extract_answer(row.text) is not None)
+    """1 if the completion marks an answer (boxed, after ####, in answer tags, # in its last line), right or wrong."""
+    marked = re.search(r"\\boxed\{|####|<answer>|#[^\n]*\Z", row.text)  # "# Step 1" is a headline
+    return float(marked is not None and extract_answer(row.text) is not None)
 
 
 def length_reward(problem, row, pace, config):
@@ -1514,6 +1526,23 @@ def judge(problem, row, pace, config):
     weights = config.reward_weights or [1.0] * len(row.scores)
     row.reward = sum(weight * value for weight, value in zip(weights, row.scores))
     row.reward += soft_overlong(len(row.tokens_T), pace.limit, config.soft_overlong_tokens)
+
+
+def judge_all(pairs, pace, config, world):
+    """`judge` for all (problem, row) pairs, shared out over the processes, in place: all hold the same verdicts.
+
+    A checker with a deadline, or a reward function of one's own, may answer differently from one call to the next;
+    processes that disagree would train on different rows and wait for each other for ever.
+    """
+    for problem, row in pairs[world.rank :: world.size]:
+        judge(problem, row, pace, config)
+    if world.size > 1:
+        verdicts = [(row.right, row.scores, row.reward) for _, row in pairs[world.rank :: world.size]]
+        parts = [None] * world.size
+        dist.all_gather_object(parts, verdicts)
+        for rank, part in enumerate(parts):
+            for (_, row), verdict in zip(pairs[rank :: world.size], part, strict=True):
+                row.right, row.scores, row.reward = verdict
 
 
 def sample_prompts(decoder, tokenizer, prompts_P, counts_P, limit, seeds, config, world):
@@ -1558,15 +1587,13 @@ class Actor:
         texts_R, lengths_R = found.texts(self.tokenizer), found.lengths_R.tolist()
         self.calls, self.rollouts = self.calls + 1, self.rollouts + len(texts_R)
         self.tokens += sum(lengths_R)
-        groups, r = [], 0
-        for problem, prompt, count in zip(problems_P, prompts_P, counts_P):
-            groups.append([])
-            for r in range(r, r + count):
-                tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
-                groups[-1].append(Row(prompt, tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
-                judge(problem, groups[-1][-1], pace, self.config)
-            r += 1
-        return groups
+        rows, owners = [], [p for p, count in enumerate(counts_P) for _ in range(count)]
+        for r, p in enumerate(owners):
+            tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
+            rows.append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
+        judge_all([(problems_P[p], row) for p, row in zip(owners, rows)], pace, self.config, self.world)
+        left = iter(rows)
+        return [list(itertools.islice(left, count)) for count in counts_P]
 
 
 def collect(sampler, actor, problems, pace, n_rows, config):
@@ -1655,7 +1682,12 @@ def add_logps(model, rows, name, config, world):
         flat_N[places.to(world.device)] = logps_BS.flatten()[batch.where_N]
     if dist.is_initialized():
         dist.all_reduce(flat_N)
-    for row, values_T in zip(rows, flat_N.cpu().split(lengths)):
+    hand_out(flat_N, rows, name)
+
+
+def hand_out(values_N, rows, name):
+    """Sets values[name] of every row, in place, from the values of all their tokens, one row after another."""
+    for row, values_T in zip(rows, values_N.cpu().split([len(row.tokens_T) for row in rows])):
         row.values[name] = values_T
 
 
@@ -1664,11 +1696,14 @@ def row_example(row):
     return Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
 
 
-def consult(groups, reference, teacher, pace, config, world):
-    """Adds to the rows what does not depend on the weights being trained: the reference, the teacher, TEA's weights."""
+def consult(groups, policy, reference, teacher, pace, config, world):
+    """Adds to the rows what stays as it is while they are trained on: log-probs of others, KL in advantages, TEA."""
     rows = [row for group in groups for row in group.rows]
     if not rows:
         return
+    if config.kl_in_reward or config.entropy_weighting == "tea":  # both need the policy's log-probs of every row,
+        foreign = [row for row in rows if row.values["sampled"].isnan().any()]  # also of those it did not sample so
+        add_logps(policy, foreign, "sampled", config, world)
     if reference is not None:
         add_logps(reference, rows, "reference", config, world)
     if teacher is not None:
@@ -1679,14 +1714,12 @@ def consult(groups, reference, teacher, pace, config, world):
             acts = {"all": True, "wrong": not row.right, "stuck": stuck}[config.kd_rows]
             row.kd_coef = pace.kd_coef * acts * (not row.demo)
         if config.kl_in_reward:  # T1 2501.11651: centred over the group, so a KL that all share moves nothing
-            kl = [float((row.values["sampled"] - row.values["reference"]).nan_to_num().sum()) for row in group.rows]
+            kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
             for row, value in zip(group.rows, kl):
                 row.advantage -= config.beta * (value - sum(kl) / len(kl))
     if config.entropy_weighting == "tea":
-        width = max(len(row.tokens_T) for row in rows)
-        logps_RT = torch.stack([nn.functional.pad(row.values["sampled"].nan_to_num(), (0, width - len(row.tokens_T)))
-                                for row in rows])
-        mask_RT = torch.arange(width) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]
+        logps_RT = nn.utils.rnn.pad_sequence([row.values["sampled"] for row in rows], batch_first=True)
+        mask_RT = torch.arange(logps_RT.shape[1]) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]
         weights_RT = tea_weights(torch.tensor([row.advantage for row in rows]), logps_RT, mask_RT)
         for row, weights_T in zip(rows, weights_RT):
             row.values["entropy_weight"] = weights_T[: len(row.tokens_T)].clone()
@@ -1723,7 +1756,7 @@ def describe(groups, config):
     lengths_R = torch.tensor([float(len(row.tokens_T)) for row in rows])
     numbers = {"reward": np.mean([row.reward for row in rows]),
                "sampled_accuracy": np.mean([row.right for row in rows]),
-               "reward_std": np.mean([torch.tensor(values).std() for values in rewards]),
+               "reward_std": np.mean([torch.tensor(group).std(correction=min(1, len(group) - 1)) for group in rewards]),
                "frac_reward_zero_std": np.mean([max(values) - min(values) < 1e-6 for values in rewards]),
                "frac_all_wrong": np.mean([group.success() == 0 for group in groups]),
                "frac_all_right": np.mean([group.success() == 1 for group in groups]),
@@ -1760,6 +1793,7 @@ class Update:
         always = bool(config.entropy_coef or (config.beta and not config.kl_in_reward))
         self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
         self.fresh, self.config = fresh, config
+        self.keeps = fresh and config.num_iterations > 1  # the sampling policy's log-probs, for the steps to come
         self.examples = [row_example(row) for row in self.rows]
         self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
 
@@ -1775,24 +1809,23 @@ class Update:
         logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
         if self.fresh:  # the first step on these rollouts: the policy is still the one that sampled them
             old_logps_BS = logps_BS.detach()
-            if config.num_iterations > 1:
-                self.keep(old_logps_BS, rows, batch)
+            if self.keeps:
+                hand_out(old_logps_BS.flatten()[batch.where_N], rows, "old")
         else:
             old_logps_BS = self.spread("old", rows, batch)
-        numbers_BC = torch.zeros(len(batch.mask_BS), 4)
-        for i, row in enumerate(rows):
-            numbers_BC[i] = torch.tensor([row.advantage, row.weight, row.kd_coef, float(row.demo)])
-        advantages_B, weights_B, kd_B, demo_B = numbers_BC.to(logps_BS).unbind(1)
+        columns = [[row.advantage, row.weight, row.kd_coef, float(row.demo)] for row in rows] or [[0.0] * 4]
+        advantages_B, weights_B, kd_B, demo_B = torch.tensor(columns).to(logps_BS).unbind(1)
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
+        own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
         bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
-        gain_BS = gain_BS + config.entropy_coef * bonus_BS * entropy_BS
+        gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
         sampled_BS = self.spread("sampled", rows, batch)
         numbers = {"entropy": entropy_BS.detach().sum(),
                    "clip_ratio": clip_share(logps_BS.detach(), old_logps_BS, advantages_B, batch.mask_BS, config),
                    "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
         if config.beta:
-            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS
+            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
             gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
             numbers["kl"] = kl_BS.detach().sum()
         if config.kd_coef:
@@ -1802,27 +1835,20 @@ class Update:
         loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
         return loss, {name: value / self.n_tokens for name, value in numbers.items()}
 
-    def keep(self, old_logps_BS, rows, batch):
-        """Keeps the sampling policy's log-probs in the rows, for the steps to come."""
-        values_N = old_logps_BS.flatten()[batch.where_N].cpu()
-        for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
-            row.values["old"] = values_T
-
 
 def update_policy(policy, optimizer, update, step, config, world):
     """One optimizer step on the rows of `update`: (numbers, taken)."""
     parts = micro_batches([len(example.ids) for example in update.examples], config.per_device_train_batch_size,
                           config.micro_batch_tokens, world)
-    if update.fresh and config.num_iterations > 1:
+    if update.keeps:
         for row in update.rows:  # each process will fill in those of its own rows
             row.values["old"] = torch.zeros(len(row.tokens_T))
     numbers, taken = train_step(policy, optimizer, [collate(update.examples, part, world.device) for part in parts],
                                 update.loss_of, step, config, world)
-    if update.fresh and config.num_iterations > 1 and dist.is_initialized() and update.rows:
+    if update.keeps and dist.is_initialized() and update.rows:
         shared_N = torch.cat([row.values["old"] for row in update.rows]).to(world.device)
         dist.all_reduce(shared_N)
-        for row, values_T in zip(update.rows, shared_N.cpu().split([len(row.tokens_T) for row in update.rows])):
-            row.values["old"] = values_T
+        hand_out(shared_N, update.rows, "old")
     return numbers, taken
 
 
@@ -1835,8 +1861,8 @@ def check_config(config):
     choices = {"loss_type": clips, "scale_rewards": ("auto", "group", "batch", "none"),
                "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
                "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
-               "hint_logps": ("auto", "hinted", "plain"),
-               "subgoal_form": ("alone", "given"), "entropy_weighting": ("uniform", "tea"),
+               "hint_logps": ("auto", "hinted", "plain"), "subgoal_form": ("alone", "given"),
+               "entropy_weighting": ("uniform", "tea"),
                "kd_direction": ("reverse", "forward"), "kd_schedule": ("constant", "anneal", "switch"),
                "kd_rows": ("all", "wrong", "stuck")}
     for name, allowed in choices.items():
@@ -1853,7 +1879,8 @@ def check_config(config):
     usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
     config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
     for name, low in {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1,
-                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "dump_window": 1,
+                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0,
+                      "cispo_max_weight": 0, "dump_window": 1,
                       "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1, "budget_drops": 0,
                       "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}.items():
         if not getattr(config, name) >= low:
@@ -1875,8 +1902,10 @@ def check_config(config):
 def check_combinations(config):
     """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
     for stage in config.stages:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) or int(stage.split("x")[0]) > config.max_completion_length:
-            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size: 64x8")
+        fits = re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) and int(stage.split("x")[0]) <= config.max_completion_length
+        if not fits or int(stage.split("x")[1]) < 2:
+            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
+                             "more): 64x8")
     if config.length_budget and (len(config.length_budget) != 2 or min(config.length_budget) < 1):
         raise InputError(f"--length_budget {config.length_budget}: must be two numbers of tokens, first and last")
     low, high = (config.knapsack_range + [0, 0])[:2]
@@ -1977,7 +2006,7 @@ def main(config):
     world = start_world(config)
     args = run_args(config, world)
     n_rows = args["rows_per_step"]
-    for stage in [f"--num_generations {config.num_generations}", *(f"--stages {stage}" for stage in config.stages)]:
+    for stage in [f"--stages {stage}" for stage in config.stages] or [f"--num_generations {config.num_generations}"]:
         if n_rows % int(re.findall(r"\d+", stage)[-1]):
             raise InputError(f"{stage}: the group size must divide the {n_rows} rows of a step "
                              "(per_device_train_batch_size x gradient_accumulation_steps x processes)")
@@ -2019,7 +2048,7 @@ def main(config):
             credit(groups, pace, n_rows, config)
             if config.hpt_gate >= 0:
                 numbers |= demonstrate(groups, problems, tokenizer, config)
-            consult(groups, reference, teacher, pace, config, world)
+            consult(groups, policy, reference, teacher, pace, config, world)
             rows = [row for group in groups for row in group.rows]
             state["picked"] = [group.problem for group in groups]
             state["rollouts"] += actor.rollouts - before

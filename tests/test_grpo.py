@@ -202,7 +202,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
     c = config(loss_type=loss_type, temperature=0.9, **extra)
     groups = groups_of(model, tokenizer, c, REWARDS)
     other = grpo.Policy(load_model("tiny")[0])
-    grpo.consult(groups, other if c.beta else None, other if c.kd_coef else None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult(groups, grpo.Policy(model), other if c.beta else None, other if c.kd_coef else None, grpo.pace_of(0, c), c, ALONE)
     found = []
     for rows, tokens in ((12, 0), (1, 0), (5, 0), (12, 50)):
         c.per_device_train_batch_size, c.micro_batch_tokens = rows, tokens
@@ -290,6 +290,8 @@ def test_rewards():
     right, wrong = row_of("37+5=42#42", 10, True), row_of("#41", 3)
     assert grpo.accuracy_reward(problem, right, pace, c) == 1 and grpo.accuracy_reward(problem, wrong, pace, c) == 0
     assert grpo.format_reward(problem, wrong, pace, c) == 1 and grpo.format_reward(problem, row_of("41"), pace, c) == 0
+    for text, marked in (("# Step 1\nIt is 41.", 0), ("# Step 1\n#### 41", 1), ("so \\boxed{41}", 1), ("<answer>41", 0)):
+        assert grpo.format_reward(problem, row_of(text), pace, c) == marked
     assert grpo.length_reward(problem, row_of("", 5), pace, c) == 0.75
 
 
@@ -310,6 +312,22 @@ def test_a_bad_reward_is_named(value, monkeypatch):
         grpo.judge(Problem("1+1=", "2"), row_of("2"), grpo.pace_of(0, config()), config())
 
 
+def test_all_processes_hold_one_verdict_of_each_row(monkeypatch):
+    """A checker that says something else in every process: each row is judged in one of them, and all follow it."""
+    said = {}
+    for rank in range(2):
+        monkeypatch.setattr(grpo, "verify", lambda text, answer: rank == 1)
+        monkeypatch.setattr(grpo.dist, "all_gather_object", lambda parts, mine: said.update({rank: mine}))
+        with pytest.raises(TypeError):  # nobody has answered yet
+            grpo.judge_all([(Problem("q", "1"), row_of()) for _ in range(5)], grpo.pace_of(0, config()), config(), World(rank, 2, "cpu"))
+    monkeypatch.setattr(grpo.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(2), [said[0], said[1]]))
+    for rank in range(2):
+        rows = [row_of() for _ in range(5)]
+        grpo.judge_all([(Problem("q", "1"), row) for row in rows], grpo.pace_of(0, config()), config(), World(rank, 2, "cpu"))
+        assert [row.right for row in rows] == [False, True, False, True, False]
+        assert [(row.reward, row.scores) for row in rows] == [(float(row.right), (float(row.right),)) for row in rows]
+
+
 def test_what_is_logged_about_rollouts():
     c, problem = config(reward_funcs=["accuracy", "format"]), Problem("1+1=", "2")
     texts, lengths = ["#2", "#2", "#2", "#2", "#2", "#1", "x", "x"], [2, 4, 6, 12] * 2
@@ -322,6 +340,8 @@ def test_what_is_logged_about_rollouts():
               "completions/clipped_ratio": 0.25, "completions/parse_fail": 0.25, "rewards/accuracy/mean": 5 / 8,
               "rewards/format/mean": 6 / 8, "sampled_accuracy": 5 / 8}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
+    numbers = grpo.describe([grpo.Group(0, rows[:1]), grpo.Group(1, rows[5:6])], c)  # as adcl measures with one sample
+    assert numbers["reward_std"] == 0 and all(math.isfinite(value) for value in numbers.values())
 
 
 # --- runs ---
@@ -395,6 +415,7 @@ def test_silence_is_said(tmp_path, cold_start, capsys):
     (dict(reward_funcs=["beauty"]), "--reward_funcs beauty"), (dict(reward_weights=[1.0, 2.0]), "--reward_weights"),
     (dict(scale_rewards="up"), "--scale_rewards up"), (dict(max_prompt_length=3), "--max_prompt_length 3"),
     (dict(model_name_or_path="runs/nowhere/at/all"), "--model_name_or_path"), (dict(beta=-1.0), "--beta -1"),
+    (dict(epsilon_high=-0.1), "--epsilon_high -0.1"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, cold_start, flags, named):
     with pytest.raises(InputError) as caught:

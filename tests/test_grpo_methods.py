@@ -119,6 +119,11 @@ def test_horizon_opens_the_next_arm_when_the_last_is_mastered():
     assert sampler.state["stage"] == 2  # there is no further one
 
 
+def test_arms_stand_in_the_order_of_their_numbers():
+    assert sampler_of("horizon", ["10", "9", "1"])[0].names == ["1", "9", "10"]
+    assert sampler_of("sec", ["10,add", "2,sub", "2,add"])[0].names == ["2,add", "2,sub", "10,add"]
+
+
 def test_horizon_without_a_gate_is_a_function_of_the_step():
     c = config(sampler="horizon", horizon_gate=0.0, horizon_review=0.0, max_steps=30)
     for step in (0, 9, 10, 19, 20, 29):
@@ -141,6 +146,14 @@ def test_adcl_measures_sorts_and_trains_on_easy_chunks_first():
     now = {i: 4 - strength[i] for i in range(8)}  # what was hard has become easy
     sampler.update([group_of(i, now[i]) for i in easiest[4:]])
     assert [i for i, _ in sampler.pick(pace, 16)] == sorted(easiest[4:], key=lambda i: (-now[i], i))
+
+
+def test_adcl_with_more_chunks_than_problems():
+    problems, c = [Problem(str(i), "1") for i in range(2)], config(sampler="adcl", adcl_chunks=50)
+    sampler, player = grpo.make_sampler(problems, c), Player(lambda problem: 2)
+    for step in range(4):
+        kept, _, _ = grpo.collect(sampler, player, problems, grpo.pace_of(step, c), 8, c)
+        assert sum(len(group.rows) for group in kept) == 8
 
 
 def worth(n, p):
@@ -248,7 +261,7 @@ def test_collect_counts_what_it_throws_away_and_stops():
 def test_a_step_without_a_mixed_group_changes_nothing_and_goes_on(tiny, loss_type):
     c = config(sampler="dynamic", loss_type=loss_type, beta=0.1, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="batch")
     grpo.credit([], grpo.pace_of(0, c), 8, c)
-    grpo.consult([], grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult([], grpo.Policy(tiny[0]), grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
     assert grpo.Update([], True, c).rows == []
 
 
@@ -286,6 +299,8 @@ def test_golden_budgets_and_stages():
     assert [round(grpo.pace_of(step, c).budget) for step in (0, 149, 150, 300, 450, 599)] == [256, 256, 179, 125, 87, 87]
     assert [grpo.triangle(length, 100) for length in (0, 50, 100, 150, 200, 300)] == [0, 0.5, 1, 0.5, 0, 0]
     assert [grpo.length_surrogate(x) for x in (0.25, 0.5, 0.75, 1)] == [0.75, 1, 0.5, -1]
+    c = config(reward_funcs=["accuracy", "budget"], length_budget=[800, 160], budget_drops=2, max_steps=30, max_completion_length=999)
+    assert [int(grpo.pace_of(step, c).budget) for step in (0, 15, 29)] == [800, 357, 160]
     c = config(stages=["4x16", "8x8", "12x4"], max_steps=9)
     assert [(grpo.pace_of(s, c).limit, grpo.pace_of(s, c).generations) for s in (0, 2, 3, 6, 8)] == [
         (4, 16), (4, 16), (8, 8), (12, 4), (12, 4)]
@@ -358,6 +373,12 @@ def test_gradients_of_the_teacher_penalties_by_enumeration():
         assert torch.allclose(torch.autograd.grad(loss, logits, retain_graph=True)[0], wanted)
     k1 = (weights * (policy - teacher)).sum()
     assert torch.allclose(torch.autograd.grad(k1, logits)[0], torch.zeros(7, dtype=torch.float64))
+    certain = torch.tensor([0.0, -20.0], dtype=torch.float64).log_softmax(0)  # what the policy likes it all but forbids
+    doubtful = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    mine = doubtful.log_softmax(0)
+    wanted = torch.autograd.grad((certain.exp() * (certain - mine)).sum(), doubtful, retain_graph=True)[0]
+    loss = (mine.exp().detach() * grpo.teacher_penalty(mine[None], certain[None], "forward")[0]).sum()
+    assert torch.allclose(torch.autograd.grad(loss, doubtful)[0], wanted)
     far = torch.tensor([[-30.0]], requires_grad=True)
     grpo.teacher_penalty(far, torch.tensor([[-1.0]]), "reverse").backward()
     assert far.grad.item() == -10
@@ -430,10 +451,62 @@ def test_kl_in_the_reward_is_centred_over_the_group(tiny):
     for i, row in enumerate(group.rows):
         row.values["sampled"] = torch.full((3,), -float(i))
     model, _ = tiny
-    grpo.consult([group], grpo.Policy(model), None, grpo.pace_of(0, c), c, ALONE)
+    grpo.consult([group], grpo.Policy(model), grpo.Policy(model), None, grpo.pace_of(0, c), c, ALONE)
     kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
     wanted = [a - 0.1 * (k - sum(kl) / 4) for a, k in zip(before, kl)]
     assert [row.advantage for row in group.rows] == pytest.approx(wanted) and len(set(kl)) > 1
+
+
+def test_rows_that_were_not_sampled_under_their_prompt_count_with_their_true_log_probs(tiny):
+    """A hinted completion trained under the bare prompt: its KL and its TEA weights are those of the bare prompt."""
+    model, tokenizer = tiny
+    policy, reference = grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0])
+    c = config(beta=0.1, kl_in_reward=True, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="none")
+    known = group_of(0, 2)
+    for i, row in enumerate(known.rows):
+        row.tokens_T = torch.arange(3, 6 + i)
+    grpo.add_logps(policy, known.rows, "sampled", c, ALONE)
+    blind = copy.deepcopy(known)
+    blind.rows[3].values["sampled"].fill_(math.nan)
+    for group in (known, blind):
+        grpo.credit([group], grpo.pace_of(0, c), 4, c)
+        grpo.consult([group], policy, reference, None, grpo.pace_of(0, c), c, ALONE)
+    for a, b in zip(known.rows, blind.rows):
+        assert a.advantage == pytest.approx(b.advantage, abs=1e-6)
+        assert torch.allclose(a.values["entropy_weight"], b.values["entropy_weight"], atol=1e-5)
+    assert known.rows[3].advantage != pytest.approx(-0.5, abs=1e-4)  # the KL did move it
+
+
+def test_a_solution_is_imitated_and_nothing_else(tiny):
+    model, tokenizer = tiny
+    found, problem = [], Problem("1+1=", "2", "1+1=2#2")
+    for extra in ({}, {"beta": 0.5, "entropy_coef": 0.5}):
+        c, group = config(hpt_gate=0.0, **extra), group_of(0, 0)
+        group.rows[0].prompt = encode_prompt(tokenizer, problem.prompt)
+        grpo.demonstrate([group], [problem], tokenizer, c)
+        grpo.consult([group], grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0]), None, grpo.pace_of(0, c), c, ALONE)
+        found.append(gradient(model, group.rows, c))
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-6) for name in found[0])
+
+
+def test_a_group_without_a_right_completion_moves_nothing_unless_it_is_helped(tiny):
+    model, tokenizer = tiny
+    problem = Problem("1+1=", "2", hints=("a",))
+
+    def moves(helped, **flags):
+        c, group = config(hint_template="{prompt}{hint}", **flags), group_of(0, 0)
+        for i, row in enumerate(group.rows):
+            row.prompt, row.reward = encode_prompt(tokenizer, problem.prompt), 0.1 * i * (len(c.reward_funcs) > 1)
+        if helped:
+            player = Player(lambda problem: problem.prompt.endswith("a"))
+            grpo.add_hints([group], player, [problem], grpo.pace_of(0, c), c)
+            group.rows[-1].prompt = encode_prompt(tokenizer, "1+1=1")
+        grpo.credit([group], grpo.pace_of(0, c), 4, c)
+        return any(slope.any() for slope in gradient(model, group.rows, c).values())
+
+    assert not moves(False) and moves(True, scaffold="hints")
+    assert not moves(False, reward_funcs=["accuracy", "length"])
+    assert moves(False, reward_funcs=["accuracy", "length"], shape_silent_groups=True)
 
 
 # --- scaffolds ---
@@ -510,6 +583,10 @@ def test_subgoals_in_both_forms():
     alone = grpo.subgoal_of(problem, 1, config(subgoal_form="alone"))
     given = grpo.subgoal_of(problem, 1, config(subgoal_form="given", hint_template="{hint}{prompt}"))
     assert (alone.prompt, alone.answer) == ("3+4-1=", "6") and (given.prompt, given.answer) == ("3+4=7;3+4-1=", "6")
+    around = config(prompt_template="<{prompt}>", hint_template="{prompt}|{hint}")
+    assert [grpo.subgoal_of(problem, place, around).prompt for place in (0, 1)] == ["<3+4=>", "<3+4-1=>|3+4=7;"]
+    unsolved = Problem("q", "5", subgoals=(("a", "1"), ("b", "2")))
+    assert grpo.subgoal_of(unsolved, 1, config()).prompt == "b"  # there are no steps to give
     c = config(scaffold="subgoals", subgoal_form="alone")
     groups, player = [group_of(0, 0), group_of(0, 1)], Player(lambda problem: 2)
     numbers = grpo.add_subgoals(groups, player, [problem], grpo.pace_of(0, c), c)
@@ -563,7 +640,8 @@ COMBINATIONS = {
     "adcl": {"sampler": "adcl", "adcl_chunks": 3, "adcl_samples": 2},
     "knapsack, budget": {"sampler": "knapsack", "reward_funcs": ["accuracy", "budget"], "n_train": 4},
     "dynamic, hints": {"sampler": "dynamic", "scaffold": "hints", "max_rounds": 3},
-    "hpt, teacher": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "save_steps": 3},
+    "hpt, teacher, tea": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "save_steps": 3, "entropy_coef": 0.01,
+                          "entropy_weighting": "tea"},
     "stages": {"stages": ["12x8", "24x4"], "loss_type": "dr_grpo"}}
 
 
@@ -587,7 +665,7 @@ def test_a_combination_resumes_bit_for_bit(tmp_path, cold_start, name):
     assert any(line["grad_norm"] > 0 for line in lines[0])
 
 
-@pytest.mark.parametrize("name", ["sec, hints", "domain_aware, moving anchor", "knapsack, budget", "hpt, teacher"])
+@pytest.mark.parametrize("name", ["sec, hints", "domain_aware, moving anchor", "knapsack, budget", "hpt, teacher, tea"])
 def test_a_combination_on_two_processes_equals_one(tmp_path, tiny_model, name):
     mine = {**flags_of(tiny_model, **COMBINATIONS[name]), "max_steps": 3, "levels": "1-2", "domains": "",
             "learning_rate": 1e-4}
@@ -609,6 +687,17 @@ def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):
             k: v for k, v in b.items() if k.startswith("sampler/rollouts")}
 
 
+def test_a_yoked_run_needs_lines_to_replay(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="has 0 steps"):
+        grpo.Yoked(["a", "b"], config(sampler=f"yoked:{tmp_path}"))
+
+
+def test_with_stages_only_their_group_sizes_must_divide_a_step(tmp_path, cold_start):
+    mine = flags_of(cold_start, stages=["12x5"], num_generations=4, per_device_train_batch_size=10, max_steps=1, save_steps=0)
+    grpo.main(Config(**mine, output_dir=str(tmp_path / "run")))
+
+
 def test_one_problem_fills_the_batch_with_groups_of_its_own(tmp_path, cold_start):
     grpo.main(Config(**flags_of(cold_start, n_train=1, max_steps=1), output_dir=str(tmp_path / "run")))
     [line] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -627,7 +716,7 @@ def test_entropy_alone_moves_the_policy(tmp_path, cold_start):
     (dict(kl_in_reward=True), "--kl_in_reward"), (dict(ref_model_mixup_alpha=0.1), "--ref_model_mixup_alpha"),
     (dict(entropy_weighting="tea"), "--entropy_weighting"), (dict(hint_template="{prompt}"), "--hint_template"),
     (dict(hpt_gate=0.0, scaffold="hints"), "--hpt_gate"), (dict(hpt_gate=0.0, sampler="dynamic"), "--hpt_gate"),
-    (dict(stages=["64"]), "--stages 64"), (dict(stages=["12x5"]), "--stages 12x5"), (dict(length_budget=[5]), "--length_budget"),
+    (dict(stages=["64"]), "--stages 64"), (dict(stages=["12x5"]), "--stages 12x5"), (dict(stages=["12x1"]), "--stages 12x1"), (dict(length_budget=[5]), "--length_budget"),
     (dict(knapsack_range=[8, 9]), "--knapsack_range"), (dict(horizon_review=1.5), "--horizon_review 1.5"),
     (dict(scaffold="hints", sampler="knapsack", stages=["12x4"]), "--sampler knapsack"),
 ])
