@@ -41,7 +41,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -1171,9 +1171,9 @@ def show_example(example, tokenizer):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                              formatter_class=RawDescriptionHelpFormatter)
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
 
     def fail(message):  # argparse would print the usage too
         raise InputError(message.removeprefix("argument "))

@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -99,7 +99,7 @@ class Config:
     select: str = flag("all", "problems by the given model's pass rate: hard, uniform or easy ones; all: as they come")
     select_pool: int = flag(0, "problems that select takes n_train from; 0: four times n_train")
     thought_budgets: list[float] = flag([], "shares of a solution's steps, such as 1 0.5; a row is cut to one of them "
-                                            "and its prompt begins with it: [50%]")
+                                            "and its prompt begins with it: [50%%]")
     lora_rank: int = flag(0, "train adapters of this rank beside the frozen linear layers; 0: train all weights")
     lora_init: str = flag("gaussian", "gaussian, pissa or lora_sb")
     rewarm: str = flag("off", "going on after a cosine: keep a tenth of learning_rate, or rise to half or full again")
@@ -1179,9 +1179,9 @@ def show_example(example, tokenizer):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                              formatter_class=RawDescriptionHelpFormatter)
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
 
     def fail(message):  # argparse would print the usage too
         raise InputError(message.removeprefix("argument "))
