@@ -14,7 +14,7 @@ The other methods train the student alone, with one loss over all trained tokens
 
 logits: on given text (or the teacher's); on_policy: on the student's own samples; ssb: the teacher is the student
 itself with a right and a wrong attempt before its eyes; bootstrap: on its own samples that the checker passed
-(kd_weight 0), or, with --rounds, on latent thoughts weighted by how well they explain the solution.
+(kd_weight 0), or, with --rounds, on latent thoughts drawn by how well they explain the solution.
 Against the authors' code: texts meet as token ids and spans are counted, never searched, and the end of a turn stands
 for RLT's closing tag. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
 
@@ -103,7 +103,7 @@ class Config:
     kd_weight: float = flag(1.0, "logits, ssb: share of the divergence in the loss; the rest is cross-entropy")
     kd_temperature: float = flag(0.0, "divides both models' logits in the divergence; 0: 1, for ssb 2 (its authors')")
     kd_topk: int = flag(0, "forward: only the teacher's k likeliest tokens and the mass of the rest; 0: all")
-    prune_fraction: float = flag(0.0, "logits: leave out this share of the data, chosen at random")
+    prune_fraction: float = flag(0.0, "logits, on_policy: leave out this share of the data, chosen at random")
     completions: str = flag("dataset", "logits: what to train on: dataset, or the teacher's own samples: teacher")
     lmbda: float = flag(1.0, "on_policy: share of rows that the student samples; the others are the data's")
 
@@ -403,11 +403,13 @@ def explanation(problem, config):
 
     >>> explanation(Problem("37+5-8=", "34", "37+5=42;42-8=34#34"), None)
     '37+5=42;42-8=34'
+    >>> explanation(Problem("...", "4", "Box #1 holds 3,\\nso 4."), None)  # a mark stands on the last line
+    'Box #1 holds 3,\\nso 4.'
     """
     if not problem.solution:
         raise InputError(f"--dataset_name {config.dataset_name}: has no worked solutions, which --teacher_sft_steps "
                          "needs")
-    return re.split(r"\s*#+[^#]*\Z", problem.solution)[0]
+    return re.split(r"\s*#+[^#\n]*\Z", problem.solution.rstrip())[0]
 
 
 class Lesson(NamedTuple):
@@ -419,12 +421,17 @@ class Lesson(NamedTuple):
     solution: list  # the solution, without an end
 
 
+def known_solution(problem, config):
+    """The text that teacher and student both know as the problem's solution."""
+    values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
+    return fill(config.solution_template, "", values)
+
+
 def make_lessons(problems, tokenizer, config):
     """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
     lessons = []
     for problem in problems:
-        values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
-        solution = fill(config.solution_template, "", values)
+        solution = known_solution(problem, config)
         told = fill(config.teacher_template, problem.prompt, {"solution": solution})
         lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
                               tokenizer(solution, add_special_tokens=False).input_ids))
@@ -470,7 +477,7 @@ class Trace(NamedTuple):
 
     question: str | list  # as the data has it
     prompt: list  # the student's context, token ids
-    completion: list  # token ids, the end included
+    completion: list  # token ids, the end included unless it was cut off
     teacher_prompt: list  # the teacher's context
 
 
@@ -489,7 +496,8 @@ def write_traces(run, traces, tokenizer):
     """traces.jsonl: a row a trace, which sft.py can train on, with the token ids that this script reads back."""
     with open(run / "traces.tmp", "w") as file:
         for trace in traces:
-            text = tokenizer.decode(trace.completion[:-1], clean_up_tokenization_spaces=False)
+            ended = trace.completion[-1] in tokenizer.all_special_ids
+            text = tokenizer.decode(trace.completion[: -1 if ended else None], clean_up_tokenization_spaces=False)
             file.write(json.dumps({"prompt": trace.question, "completion": text, "prompt_ids": trace.prompt,
                                    "completion_ids": trace.completion,
                                    "teacher_prompt_ids": trace.teacher_prompt}) + "\n")
@@ -736,10 +744,20 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
     return numbers, taken
 
 
-def load_other(name_or_path, flag_name, tokenizer, config, world, dtype=None):
+def load_named(name_or_path, config, dtype=torch.float32):
+    """The student or teacher of this name, and its tokenizer, as load_model; InputError names the right flag."""
+    try:
+        return load_model(name_or_path, dtype, config.seed, config.chat_template)
+    except InputError as error:
+        if config.teacher_model_name_or_path == name_or_path != config.model_name_or_path:
+            raise InputError(str(error).replace("--model", "--teacher_model", 1)) from error
+        raise
+
+
+def load_other(flag_name, tokenizer, config, world, dtype=None):
     """Another model than the trained one, frozen, on the device; InputError unless its tokens are the tokenizer's."""
-    model, other = load_model(name_or_path, dtype or (torch.bfloat16 if config.bf16 else torch.float32), config.seed,
-                              config.chat_template)
+    name_or_path = getattr(config, flag_name)
+    model, other = load_named(name_or_path, config, dtype or (torch.bfloat16 if config.bf16 else torch.float32))
     check_vocabulary(tokenizer.get_vocab(), other.get_vocab(), f"--{flag_name} {name_or_path}")
     return model.eval().requires_grad_(False).to(world.device)
 
@@ -1286,9 +1304,10 @@ def right_and_wrong(texts, answer):
     >>> right_and_wrong(["a#3", "b#4", "c#5", "d#5", "no"], "4")
     ('b#4', 'c#5')
     """
-    right = next((text for text in texts if verify(text, answer)), None)
-    given = [(answer_key(extract_answer(text)), text) for text in texts
-             if extract_answer(text) is not None and not verify(text, answer)]
+    passed = [verify(text, answer) for text in texts]
+    right = next((text for text, good in zip(texts, passed) if good), None)
+    given = [(answer_key(extract_answer(text)), text) for text, good in zip(texts, passed)
+             if not good and extract_answer(text) is not None]
     common = Counter(key for key, _ in given).most_common(1)
     return right, next((text for key, text in given if key == common[0][0]), None)
 
@@ -1312,9 +1331,20 @@ def ssb_traces(sampler, tokenizer, problems, config, world):
     return traces, {"data/mixed": len(mixed) / len(problems), "data/kept": len(traces) / len(problems)}
 
 
+def read_demonstrations(path):
+    """The (prompt, completion) texts of a file; InputError where a row has no such columns."""
+    pairs = []
+    for number, row in enumerate(read_rows(path), 1):
+        where = f"--demonstrations {path}: row {number}"
+        if not {"prompt", "completion"} <= set(row):
+            raise InputError(f"{where}: has columns {sorted(row)}; wanted: prompt and completion")
+        pairs.append(tuple(checked(row, name, (str,), where) for name in ("prompt", "completion")))
+    return pairs
+
+
 def with_demonstrations(prompt, shown):
-    """The prompt after worked examples (prompt, completion): turns of a chat, or lines of text."""
-    if isinstance(prompt, str) and all(isinstance(text, str) for pair in shown for text in pair):
+    """The prompt after worked examples (prompt, completion), all texts: turns of a chat, or lines of text."""
+    if isinstance(prompt, str):
         return "".join(f"{question}{answer}\n" for question, answer in shown) + prompt
     turns = [message for question, answer in shown for message in (
         {"role": "user", "content": question}, {"role": "assistant", "content": answer})]
@@ -1328,8 +1358,7 @@ def bootstrap_traces(sampler, tokenizer, problems, config, world):
     """
     shown = [[]] * len(problems)
     if config.demonstrations:
-        rows = read_rows(config.demonstrations)
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
+        pairs = read_demonstrations(config.demonstrations)
         shown = [[pairs[j] for j in np.random.default_rng([config.seed, i]).permutation(len(pairs))[: config.n_shots]]
                  for i in range(len(problems))]
     asked = [problem.prompt for problem in problems]
@@ -1379,12 +1408,34 @@ def em_traces(sampler, tokenizer, problems, config, world):
     return chosen, {"data/kept": len(chosen) / len(lessons), "data/elbo": elbo}
 
 
-def teacher_traces(sampler, tokenizer, examples, config, world):
-    """The teacher's own completions of the examples' prompts."""
-    prompts = [prompt_of(example) for example in examples]
+def teacher_traces(sampler, tokenizer, rows, config, world):
+    """The teacher's own completions of the rows' prompts, those that --max_completion_length cut off included."""
+    questions = [question_of(row, f"--dataset_name {config.dataset_name}: row {i + 1}") for i, row in enumerate(rows)]
+    questions = pruned(questions, config)[: config.n_traces or None]
+    prompts = [encode_prompt(tokenizer, question) for question in questions]
     rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world)
-    found = [Trace(tokenizer.decode(prompt), prompt, rollouts.ids(i), prompt) for i, prompt in enumerate(prompts)]
+    found = [Trace(questions[i], prompt, rollouts.ids(i), prompt) for i, prompt in enumerate(prompts)]
     return found, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+
+
+def question_of(row, where):
+    """What a row's completion answers: its prompt, or its conversation up to the last assistant turn; InputError."""
+    if "messages" in row:
+        messages = checked(row, "messages", (list,), where)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return messages[: turns[-1] if turns else None]
+    if "prompt" not in row:
+        raise InputError(f"{where}: has no prompt to sample from")
+    question, completion = checked(row, "prompt", (str, list), where), row.get("completion")
+    return question + completion[:-1] if isinstance(completion, list) and isinstance(question, list) else question
+
+
+def check_ids(rollouts, n_ids, sampler, reader):
+    """Raises RunError where a token was sampled that has no row in the reader's embedding: heads may be padded."""
+    said_RT = torch.arange(rollouts.tokens_RT.shape[1]) < rollouts.lengths_R[:, None]
+    largest = int((rollouts.tokens_RT * said_RT).max())
+    if largest >= n_ids:
+        raise RunError(f"the {sampler} sampled token id {largest}, which the {reader} lacks")
 
 
 def prompt_of(example):
@@ -1405,12 +1456,11 @@ class Reinforce:
         self.tags = make_tags(tokenizer, config)
         self.data, self.about, self.traces = self.lessons, {}, None
         self.frozen_flag = f"--model_name_or_path {config.model_name_or_path}"
-        student = load_other(config.model_name_or_path, "model_name_or_path", tokenizer, config, world)
+        student = load_other("model_name_or_path", tokenizer, config, world)
         self.n_ids = student.get_input_embeddings().num_embeddings
         self.frozen, self.reference = shard(Learner(student), config), None
         if config.beta:  # the teacher as it begins, in float32, because it will move by small shares
-            start = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config,
-                               world, torch.float32)
+            start = load_other("teacher_model_name_or_path", tokenizer, config, world, torch.float32)
             self.reference = shard(Learner(start), config)
 
     def begin(self, step, decoder):
@@ -1421,8 +1471,7 @@ class Reinforce:
         lessons_P = [self.lessons[i] for i in picked]
         rollouts = sample(decoder, self.tokenizer, [lesson.teacher_prompt for lesson in lessons_P], G, step, config,
                           self.world)
-        if int(rollouts.tokens_RT.max()) >= self.n_ids:
-            raise RunError(f"the teacher sampled token id {int(rollouts.tokens_RT.max())}, which the student lacks")
+        check_ids(rollouts, self.n_ids, "teacher", "student")
         clear_R, forced_R = score_explanations(self.frozen, lessons_P, rollouts, self.tags, config, self.world)
         cut_R = ~rollouts.finished_R
         rewards_PG = (clear_R - config.rlt_lambda * forced_R - config.format_penalty * cut_R).view(-1, G)
@@ -1467,13 +1516,12 @@ class Imitate:
 
     def __init__(self, tokenizer, config, world, resume):
         self.tokenizer, self.config, self.world = tokenizer, config, world
-        self.frozen, self.reference, self.traces, self.about = None, None, None, {}
+        self.frozen, self.reference, self.traces, self.samples, self.about = None, None, None, (), {}
         if config.stage == "warm_up":
             self.pool = make_warm_up(tokenizer, config)
-        elif config.method in ("logits", "on_policy"):
+        elif config.method == "on_policy" or config.method == "logits" and config.completions == "dataset":
             self.pool = pruned(make_examples(load_rows(config), tokenizer, config), config)
-        given = config.stage == "warm_up" or config.method in ("logits", "on_policy")
-        if not given or config.completions == "teacher":
+        else:
             self.traces = read_traces(Path(config.output_dir) / "traces.jsonl") if resume else self.make_traces()
             self.pool = [trace_example(trace.prompt, trace.completion) for trace in self.traces]
         self.teacher_pool = self.pool
@@ -1484,20 +1532,19 @@ class Imitate:
             raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
         if config.kd_weight:
             self.frozen_flag = f"--teacher_model_name_or_path {config.teacher_model_name_or_path}"
-            teacher = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config,
-                                 world)
+            teacher = load_other("teacher_model_name_or_path", tokenizer, config, world)
             if softcap(teacher) is not None:
                 raise InputError(f"{self.frozen_flag}: caps its logits, which the divergence does not support")
+            self.n_ids = teacher.get_input_embeddings().num_embeddings
             self.frozen = shard(Learner(teacher), config)
             self.head_VH = head_weight(teacher)
 
     def make_traces(self):
         """The traces of this stage, sampled by the teacher or what takes its place; InputError where none is left."""
         config, tokenizer, world = self.config, self.tokenizer, self.world
-        sampler = load_other(config.teacher_model_name_or_path, "teacher_model_name_or_path", tokenizer, config, world)
+        sampler = load_other("teacher_model_name_or_path", tokenizer, config, world)
         if config.method == "logits":
-            examples = self.pool[: config.n_traces or None]
-            traces, self.about = teacher_traces(sampler, tokenizer, examples, config, world)
+            traces, self.about = teacher_traces(sampler, tokenizer, load_rows(config), config, world)
         else:
             problems = load_train_problems(config)[: config.n_traces or None]
             make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces}[config.method]
@@ -1511,7 +1558,8 @@ class Imitate:
                              f"({', '.join(f'{name} {value:.3g}' for name, value in self.about.items())})")
         self.about["data/traces"] = len(kept)
         if world.rank == 0:
-            print(f"{len(kept)} traces: " + ", ".join(f"{name} {value:.4g}" for name, value in self.about.items()))
+            print(f"{len(kept)} of {len(traces)} traces: "
+                  + ", ".join(f"{name} {value:.4g}" for name, value in self.about.items()))
         return kept
 
     def begin(self, step, decoder):
@@ -1529,6 +1577,7 @@ class Imitate:
             for i, row in enumerate(own):
                 self.examples[row] = trace_example(prompts[i], rollouts.ids(i))
             if own:
+                check_ids(rollouts, self.n_ids, "student", "teacher")
                 numbers = {"completions/mean_length": float(rollouts.lengths_R.float().mean()),
                            "completions/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
         self.lengths = [max(len(pair[0].ids), len(pair[1].ids)) for pair in zip(self.examples, self.teacher_examples)]
@@ -1563,12 +1612,22 @@ class Imitate:
 
 
 def make_warm_up(tokenizer, config):
-    """What teaches a teacher its format: the problems' own solutions, question and final answer given."""
-    examples = []
-    for lesson in make_lessons(load_train_problems(config, config.error_rate), tokenizer, config):
-        thought = tokenizer(explanation(lesson.problem, config), add_special_tokens=False).input_ids
-        examples.append(trace_example(lesson.teacher_prompt, thought + [end_of_turn(tokenizer)]))
-    return examples
+    """What teaches a teacher its format: the problems' own solutions, question and final answer given.
+
+    Raises InputError where every solution stands in what the teacher reads: it would only learn to copy.
+    """
+    lessons = make_lessons(load_train_problems(config, config.error_rate), tokenizer, config)
+    texts = [explanation(lesson.problem, config) for lesson in lessons]
+    if all(text in known_solution(lesson.problem, config) for text, lesson in zip(texts, lessons)):
+        raise InputError(f"--solution_template {config.solution_template}: the teacher reads the very text that the "
+                         "warm-up would teach it to write; take '#### {answer}', or --teacher_sft_steps 0")
+    thoughts = tokenizer(texts, add_special_tokens=False).input_ids
+    examples = [trace_example(lesson.teacher_prompt, thought + [end_of_turn(tokenizer)])
+                for lesson, thought in zip(lessons, thoughts)]
+    kept = [example for example in examples if len(example.ids) <= config.max_length]
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} worked solutions are longer")
+    return kept
 
 
 def pruned(examples, config):
@@ -1615,7 +1674,11 @@ def check_config(config):
         raise InputError(f"--kd_weight {config.kd_weight}: must be 1 for on_policy, whose samples are no targets")
     if config.completions == "teacher" and config.method != "logits":
         raise InputError("--completions teacher: is for --method logits")
-    if config.method in ("logits", "on_policy") and config.kd_weight and not config.teacher_model_name_or_path:
+    if config.rounds and config.method != "bootstrap":
+        raise InputError(f"--rounds {config.rounds}: is for --method bootstrap")
+    taught = config.method == "on_policy" or config.method == "logits" and (
+        config.kd_weight or config.completions == "teacher")
+    if taught and not config.teacher_model_name_or_path:
         raise InputError(f"--teacher_model_name_or_path: --method {config.method} needs one, stronger than the student")
     if config.method == "rlt" and config.stage in ("all", "teacher") and (
             config.num_generations < 2 or config.teacher_batch_size % config.num_generations):
@@ -1630,8 +1693,9 @@ def plan(config):
     """
     names = [config.stage]
     if config.stage == "all":
-        names = {"rlt": ["warm_up"] * bool(config.teacher_sft_steps) + ["teacher", "student"],
-                 "bootstrap": [f"round_{i + 1}" for i in range(config.rounds)]}.get(config.method) or ["student"]
+        names = [f"round_{i + 1}" for i in range(config.rounds)] or ["student"]
+        if config.method == "rlt":
+            names = ["warm_up"] * bool(config.teacher_sft_steps) + ["teacher", "student"]
     teacher, runs = config.teacher_model_name_or_path or config.model_name_or_path, []
     for name in names:
         folder = str(Path(config.output_dir) / name) if len(names) > 1 else config.output_dir
@@ -1649,7 +1713,11 @@ def plan(config):
     return runs
 
 
-def train(config, world):
+SHOWN = ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", "loss", "divergence", "eval/accuracy",
+         "completions/mean_length", "kl", "grad_norm")  # what a line on the screen names, where there is such a number
+
+
+def train(config, world, stop):
     """One run, from its flags to its finished folder; nothing where that is finished already."""
     args, reinforced = run_args(config, world), config.stage == "teacher"
     start = config.teacher_model_name_or_path if config.stage in ("warm_up", "teacher") else config.model_name_or_path
@@ -1660,13 +1728,11 @@ def train(config, world):
     if finished:
         return
     eval_problems = load_eval_problems(config)
-    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else start, seed=config.seed,
-                                  chat_template=config.chat_template)
+    model, tokenizer = load_named(str(resume) if resume and not config.fsdp else start, config)
     if config.kd_weight and softcap(model) is not None:
         raise InputError(f"--model_name_or_path {start}: caps its logits, which the divergence does not support")
     fill_formats(config, tokenizer)
-    small, large = (5e-5, 1e-6) if reinforced else (1e-3, 1e-5)
-    fill_learning_rate(config, model, small, large)
+    fill_learning_rate(config, model, *((5e-5, 1e-6) if reinforced else (1e-3, 1e-5)))
     course = (Reinforce if reinforced else Imitate)(tokenizer, config, world, resume)
     run = begin_run(config, world, resume, args, course.data)
     if course.traces and not resume and world.rank == 0:
@@ -1681,7 +1747,7 @@ def train(config, world):
         restore_reference(course.reference, tensors)
     if course.frozen is not None:
         check_same_weights(course.frozen, state, course.frozen_flag, config)
-    log, stop = Log(run, config, world), StopSignal()
+    log = Log(run, config, world)
     if world.rank == 0 and not reinforced:
         show_example(course.pool[0], tokenizer)
 
@@ -1689,9 +1755,8 @@ def train(config, world):
         began, step = time.perf_counter(), state["step"]
         refresh(decoder, policy)
         picked, about = course.begin(step, decoder)
-        if reinforced and world.rank == 0:
-            for line in course.samples:
-                append_line(run / "samples.jsonl", {"step": step + 1, **line})
+        for line in course.samples if world.rank == 0 else ():
+            append_line(run / "samples.jsonl", {"step": step + 1, **line})
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
         parts = micro_batches(course.lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
         numbers, taken = train_step(policy, optimizer, [collate(course.examples, part, world.device) for part in parts],
@@ -1703,9 +1768,7 @@ def train(config, world):
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
-        log.step(state["step"], numbers, ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", "loss",
-                                          "divergence", "eval/accuracy", "completions/mean_length", "kl", "grad_norm"),
-                 sum(course.lengths), seconds)
+        log.step(state["step"], numbers, SHOWN, sum(course.lengths), seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
@@ -1718,9 +1781,11 @@ def train(config, world):
 def main(config):
     check_frame(config)
     check_config(config)
-    world = start_world(config)
+    world, stop = start_world(config), StopSignal()
     for run in plan(config):
-        train(run, world)
+        if number := stop.agreed(world):  # came while the stage before was ending
+            sys.exit(128 + number)
+        train(run, world, stop)
 
 
 if __name__ == "__main__":

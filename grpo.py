@@ -1834,8 +1834,9 @@ class Update:
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
         own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
-        bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
-        gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
+        if config.entropy_coef:  # else entropy is only logged, and its gradient not even computed
+            bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
+            gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
         sampled_BS = self.spread("sampled", rows, batch)
         numbers = {"entropy": entropy_BS.detach().sum(),
                    "clip_ratio": clip_share(logps_BS.detach(), old_logps_BS, advantages_B, batch.mask_BS, config),

@@ -201,7 +201,7 @@ def course(folders, examples, teacher_examples=None, **flags):
     c = config(model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"], **flags)
     made = Imitate.__new__(Imitate)
     made.config, made.world, made.tokenizer = c, ALONE, char_tokenizer()
-    teacher = distill.load_other(folders["teacher"], "teacher_model_name_or_path", made.tokenizer, c, ALONE)
+    teacher = distill.load_other("teacher_model_name_or_path", made.tokenizer, c, ALONE)
     made.frozen, made.head_VH = Learner(teacher), distill.head_weight(teacher)
     made.examples, made.teacher_examples = examples, teacher_examples or examples
     made.n_tokens = sum(sum(e.trained[1:]) for e in examples)
@@ -307,6 +307,57 @@ def test_prompts_end_where_the_last_trained_run_begins():
     assert distill.prompt_of(Example([1, 2, 3], [False, True, False])) == [1]
 
 
+CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def test_what_a_row_asks():
+    user, said = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+    assert distill.question_of({"prompt": "1+1=", "completion": "2"}, "") == "1+1="
+    assert distill.question_of({"prompt": [user], "completion": [said, user, said]}, "") == [user, said, user]
+    assert distill.question_of({"messages": [user, said, user, said, user]}, "") == [user, said, user]
+    for row in ({"text": "1+1=2"}, {"prompt": 3}, {"messages": []}):
+        with pytest.raises(InputError, match="row 7"):
+            distill.question_of(row, "row 7")
+
+
+def test_the_teachers_traces_are_rows_for_sft(monkeypatch, tmp_path):
+    """With a chat template too, sft.py makes of each row of traces.jsonl what was sampled; a cut-off text is whole."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = CHAT
+    fake_samples(monkeypatch, lambda prompt, j: ("a2", prompt[6] == "1"))
+    rows = [{"prompt": f"{i}=", "completion": ""} for i in (1, 2)]
+    traces, about = distill.teacher_traces(None, tokenizer, rows, config(method="logits", completions="teacher"), ALONE)
+    distill.write_traces(tmp_path, traces, tokenizer)
+    assert distill.read_traces(tmp_path / "traces.jsonl") == traces and about == {"data/clipped_ratio": 0.5}
+    for row, trace, end in zip(ground.read_rows(tmp_path / "traces.jsonl"), traces, ("<eos>", "")):
+        assert tokenizer.decode(trace.prompt + trace.completion) == f"<user>{row['prompt']}<eos><assistant>a2{end}"
+        example, = distill.row_examples(tokenizer, row, "")
+        assert tokenizer.decode(example.ids) == f"<user>{row['prompt']}<eos><assistant>a2<eos>"
+
+
+def test_a_token_the_teacher_lacks_is_named(folders, monkeypatch):
+    c = config(method="on_policy", model_name_or_path=folders["student"], n_train=8, levels="1", per_device_train_batch_size=4,
+               teacher_model_name_or_path=folders["student"])
+    stage = Imitate(char_tokenizer(), c, ALONE, None)
+    made = rollouts_of(["1", "2", "3", "4"], [True] * 4)
+    made.tokens_RT[:, 5] = 5000  # past the end: means nothing
+    monkeypatch.setattr(distill, "sample", lambda *given: made)
+    stage.begin(0, None)
+    made.tokens_RT[2, 0] = stage.n_ids
+    with pytest.raises(distill.RunError, match=f"the student sampled token id {stage.n_ids}, which the teacher lacks"):
+        stage.begin(0, None)
+
+
+def test_a_warm_up_keeps_to_max_length():
+    c = config(n_train=50, levels="1-5", max_length=60, max_completion_length=12)
+    examples = distill.make_warm_up(char_tokenizer(), c)
+    everything = distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="1-5", max_completion_length=12))
+    assert 0 < len(examples) < len(everything) == 50 and max(len(e.ids) for e in examples) <= 60
+    with pytest.raises(InputError, match="--max_length 16"):
+        distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="2", max_length=16, max_completion_length=1))
+
+
 def test_pruning_is_random_of_the_right_size_and_repeatable():
     examples = list(range(200))
     kept = distill.pruned(examples, config(method="logits", prune_fraction=0.7))
@@ -384,6 +435,9 @@ def test_bootstrap_traces(monkeypatch, tmp_path):
     assert [tokenizer.decode(trace.prompt + trace.completion) for trace in traces] == [
         "1=[16]thinking#1<eos>", "2=[16]thinkinghard#2<eos>"]
     assert about["data/kept"] == pytest.approx(2 / 3)
+    path.write_text(json.dumps({"question": "1+0=", "answer": "#1"}) + "\n")
+    with pytest.raises(InputError, match=r"--demonstrations .*: row 1: has columns \['answer', 'question'\]"):
+        distill.bootstrap_traces(None, tokenizer, problems, c, ALONE)
 
 
 def test_thought_weights_equal_a_loop():
@@ -544,7 +598,12 @@ def test_distilling_closes_the_gap(folders, tmp_path):
     (dict(num_generations=3), "--num_generations 3"), (dict(temperature=0.0), "--temperature 0.0"),
     (dict(prune_fraction=-0.1), "--prune_fraction -0.1"), (dict(completions="teacher"), "--completions teacher"),
     (dict(rounds=-1), "--rounds -1"), (dict(max_length=20, teacher_sft_steps=0), "--max_length 20"),
-    (dict(method="bootstrap", min_thought_tokens=500), "none of 0 traces"),
+    (dict(method="bootstrap", min_thought_tokens=500), "none of 0 traces"), (dict(rounds=2), "--rounds 2"),
+    (dict(method="logits", kd_weight=0.0, completions="teacher", teacher_model_name_or_path=""), "--teacher_model_name_or_path"),
+    (dict(method="logits", teacher_model_name_or_path="nowhere"), "--teacher_model_name_or_path nowhere: no such folder"),
+    (dict(teacher_model_name_or_path="nowhere"), "--teacher_model_name_or_path nowhere: no such folder"),
+    (dict(model_name_or_path="nowhere", teacher_model_name_or_path=""), "--model_name_or_path nowhere: no such folder"),
+    (dict(solution_template="{solution}"), "--solution_template {solution}: the teacher reads the very text"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, flags, named):
     with pytest.raises(InputError) as caught:
@@ -609,6 +668,15 @@ def test_a_teacher_stopped_on_its_way_ends_bit_equal(undisturbed, tmp_path):
     codes, text = run("distill", flags)
     assert codes == [0] and "continues from" in text, text
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_signal_in_the_last_step_of_a_stage_keeps_the_next_from_starting(tiny_model, tmp_path):
+    flags = {**TEACHER, "stage": "all", "teacher_sft_steps": 2, "n_traces": 4, "max_steps": 1, "model_name_or_path": tiny_model,
+             "output_dir": tmp_path / "run"}
+    codes, text = run("distill", flags, {"signal_at": [2, signal.SIGTERM]})
+    assert codes == [143] and [path.name for path in (tmp_path / "run").iterdir()] == ["warm_up"], text
+    codes, text = run("distill", flags)
+    assert codes == [0] and "warm_up: finished already" in text, text
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

@@ -147,7 +147,7 @@ def with_parts(start):
         write(start.parent / f"{name}.jsonl", [parts_of(digits(rng, LONGEST)) for _ in range(n)])
 
 
-PARTS = (with_parts, "sft.py --model_name_or_path tiny --dataset_name {start}/../sft.jsonl --n_train 0 --max_steps 130 "
+PARTS = (with_parts, "sft.py --model_name_or_path tiny --dataset_name {start}/../sft.jsonl --n_train 0 --max_steps 230 "
                      "--eval_steps 0 --save_steps 0 --output_dir {start}")
 PARTS_RL = ("grpo.py --model_name_or_path {start} --dataset_name {start}/../parts.jsonl "
             "--eval_dataset_name {start}/../test_parts.jsonl --n_train 0 --n_eval 128 --max_completion_length 10 "
@@ -384,7 +384,9 @@ CLAIMS = [
            "parts alone": (PARTS_RL % 110 + "--scaffold subgoals --subgoal_form alone --scaffold_exempt 0",),
            "parts given": (PARTS_RL % 110 + "--scaffold subgoals --hint_template {{hint}}{{prompt}} --scaffold_exempt 0",)},
           parts_measured, PARTS, premise=parts_premise, quick="--max_steps 6 --eval_steps 2",
-          pairs=(("parts alone", "grpo"), ("parts given", "grpo"), ("parts given", "parts alone"))),
+          pairs=(("parts alone", "grpo"), ("parts given", "grpo"), ("parts given", "parts alone")),
+          notes="With a start of 130 steps instead of 230, right on 5 digits in 3.5 % of its samples instead of 66 %, all arms "
+                "stayed at 0 (5 seeds): parts of 4 digits were learned, and nothing carried over."),
     Claim("kdrl", "KDRL 2506.02208", "a teacher's KL beside the reward beats the reward alone and the teacher alone",
           {"grpo": (RULE_RL,), "kd": (RULE_RL + "--reward_weights 0 --teacher_model_name_or_path {start}/../teacher --kd_coef 0.05",),
            **{f"kdrl, {name}": (RULE_RL + f"--teacher_model_name_or_path {{start}}/../teacher --kd_coef 0.05 {flags}",)
