@@ -41,7 +41,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -91,8 +91,8 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("1-5", "`chain`: difficulty levels, such as 1-3 or 1,4")
-    domains: str = flag("", "`chain`: kinds of operation, such as add,mul; empty: all")
+    levels: str = flag("1-5", "difficulty levels to keep, such as 1-3 or 1,4, where the data has levels")
+    domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
     output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
@@ -343,7 +343,7 @@ def load_train_problems(config, error_rate=0.0):
 def load_rows(config):
     """The training data as a list of rows in TRL's formats, and where each stands, for error messages."""
     name, split = config.dataset_name, config.dataset_train_split
-    if Path(name).exists():
+    if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
         rows = read_rows(name, split)
         if any(key in rows[0] for key in ("messages", "completion", "text")):
             return rows[: config.n_train or None]
@@ -1010,7 +1010,7 @@ def run_args(config, world):
     return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__},
-            "git_commit": git.stdout.strip() or None, "finished": False}
+            "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
 
 
 def begin_run(config, world, resume, args, data):
@@ -1069,8 +1069,12 @@ class Log:
         self.began, self.steps_done = time.perf_counter(), 0
         if self.active and config.report_to == "wandb":
             import wandb
-            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=asdict(config),
-                                    id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12], resume="allow")
+            args = json.loads((run / "args.json").read_text())
+            about = {name: args[name] for name in ("script", "rows_per_step", "processes", "versions", "git_commit")}
+            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=about | asdict(config),
+                                    id=args.get("run_id"), resume="allow", reinit="finish_previous")
+            self.table, self.samples, self.samples_read = wandb.Table, run / "samples.jsonl", 0
+            self.new_samples()  # those of a continued run are there already
 
     def step(self, step, numbers, show, tokens, seconds):
         """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
@@ -1083,13 +1087,25 @@ class Log:
                 "time/peak_memory_gb": memory / 2**30}
         append_line(self.path, line)
         if self.wandb:
-            self.wandb.log(line, step=step)
+            self.wandb.log(line | self.new_samples(), step=step)
         if step % self.config.logging_steps == 0 or step == self.config.max_steps:
             mean = (time.perf_counter() - self.began) / self.steps_done
             left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
             print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
                   f"{mean:.2f} s/step  eta {left}", flush=True)
+
+    def new_samples(self):
+        """What samples.jsonl has gained since the last call, as {"samples": a table for wandb}; {} for nothing."""
+        if not self.samples.exists():
+            return {}
+        with open(self.samples, "rb") as file:
+            file.seek(self.samples_read)
+            rows = [json.loads(line) for line in file]
+            self.samples_read = file.tell()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        data = [[str(row.get(name, "")) for name in columns] for row in rows]  # a column of a table has one type
+        return {"samples": self.table(columns=columns, data=data)} if rows else {}
 
 
 def peak_rss():
@@ -1189,9 +1205,9 @@ def show_example(example, tokenizer):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
+    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False,
-                              formatter_class=RawDescriptionHelpFormatter)
+                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
 
     def fail(message):  # argparse would print the usage too
         raise InputError(message.removeprefix("argument "))

@@ -37,7 +37,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -1243,8 +1243,9 @@ class Config:
 
 def parse_command(arguments=None):
     """(Config, checkpoints) from the command line; InputError for what is no flag or has an unusable value."""
+    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
     parser = HfArgumentParser(Config, usage="eval.py CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
-                              description=__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+                              description=__doc__, allow_abbrev=False, formatter_class=layout)
     parser.add_argument("checkpoints", nargs="*", help="model folders or hub names; all are compared to the first")
 
     def fail(message):  # argparse would print the whole usage

@@ -127,6 +127,20 @@ def test_a_flag_that_is_none_is_refused(monkeypatch, capsys):
         assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
+def test_help_is_printed_and_names_every_flag_with_its_default(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        if name == "eval":
+            ground.parse_command(["--help"])
+        else:
+            MODULES[name].read_config(MODULES[name].Config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    flags = fields(MODULES[name].Config)
+    assert all(f"--{flag.name} " in said for flag in flags) and said.count("(default: ") >= len(flags)
+
+
 SUFFIX = re.compile(r"_([A-Z1]+)$")
 
 

@@ -2,7 +2,10 @@
 import copy
 import json
 import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,3 +294,42 @@ def test_example_and_batch_types_are_plain():
     assert batch.ids_BT.tolist() == [[5, 6, 0], [5, 6, 7]] and batch.where_N.tolist() == [0, 2, 3] and batch.rows == [1, 0]
     nothing = collate([], [], torch.device("cpu"))
     assert nothing.mask_BS.sum() == 0 and nothing.ids_BT.shape == (1, 2)
+
+
+def test_data_on_the_hub_may_have_trls_formats(monkeypatch):
+    chat = {"messages": CHAT}
+    monkeypatch.setattr("eval.read_hub", lambda name, split: [chat] * 3)
+    assert sft.load_rows(Config(dataset_name="owner/chats", n_train=2)) == [chat] * 2
+    monkeypatch.setattr("eval.read_hub", lambda name, split: [{"question": "1+1?", "answer": "Two.\n#### 2"}] * 3)
+    assert sft.load_rows(Config(dataset_name="owner/problems", n_train=2))[1]["completion"] == "Two.\n#### 2"
+
+
+def test_wandb_gets_flags_curves_and_samples(tmp_path, monkeypatch):
+    """Of two runs in one process each is a run of its own, whatever folder it is in, and is found again by its id."""
+    inits, lines = [], []
+
+    class Run:
+        def log(self, line, step):
+            lines.append((step, line))
+
+    def init(**settings):
+        inits.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda columns, data: (columns, data)))
+    config = Config(report_to="wandb", max_steps=2)
+    for folder in ("a", "b", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        if not (tmp_path / folder / "args.json").exists():
+            (tmp_path / folder / "args.json").write_text(json.dumps(sft.run_args(config, ALONE)))
+        log = sft.Log(tmp_path / folder, config, ALONE)
+        sft.append_line(tmp_path / folder / "samples.jsonl", {"step": 1, "text": folder})
+        log.step(1, {"loss": 1.0}, (), 1, 1.0)
+        log.step(2, {"loss": 0.5}, (), 1, 1.0)
+    assert all(settings["config"].items() >= asdict(config).items() for settings in inits)
+    assert all("versions" in settings["config"] and settings["reinit"] == "finish_previous" for settings in inits)
+    a, b, again = (settings["id"] for settings in inits)
+    assert a != b == again
+    assert [line.get("samples") for _, line in lines] == [
+        (["step", "text"], [["1", folder]]) if first else None for folder in "abb" for first in (True, False)]
+    assert [line["loss"] for _, line in lines] == [1.0, 0.5] * 3
