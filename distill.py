@@ -1738,7 +1738,8 @@ def train(config, world, stop):
     if course.traces and not resume and world.rank == 0:
         write_traces(run, course.traces, tokenizer)
 
-    decoder = make_decoder(model, config)
+    sampling = reinforced or config.method == "on_policy"
+    decoder = make_decoder(model, config) if sampling or eval_problems else None
     policy = distribute_learner(model, config, world)
     optimizer = make_optimizer(policy, config)
     state = {"step": 0, "bad_steps": 0, "about": course.about}
@@ -1753,7 +1754,8 @@ def train(config, world, stop):
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
-        refresh(decoder, policy)
+        if sampling:  # elsewhere it would gather every weight for nothing
+            refresh(decoder, policy)
         picked, about = course.begin(step, decoder)
         for line in course.samples if world.rank == 0 else ():
             append_line(run / "samples.jsonl", {"step": step + 1, **line})

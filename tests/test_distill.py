@@ -540,12 +540,14 @@ SMALL = dict(n_train=40, levels="1-2", per_device_train_batch_size=16, max_steps
 @pytest.mark.parametrize("flags", [
     dict(method="logits", kd_weight=0.5), dict(method="logits", kd_topk=6, completions="teacher"),
     dict(method="on_policy", lmbda=0.5), dict(method="on_policy", divergence="jsd")])
-def test_one_stage_runs(folders, tmp_path, flags):
-    out = tmp_path / "run"
+def test_one_stage_runs(folders, tmp_path, flags, monkeypatch):
+    out, refresh, refreshed = tmp_path / "run", distill.refresh, []
+    monkeypatch.setattr(distill, "refresh", lambda *given: refreshed.append(given) or refresh(*given))
     distill.main(Config(model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"],
                         output_dir=str(out), **SMALL, **flags))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["divergence"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert len(refreshed) == 1 + 3 * (flags["method"] == "on_policy")  # to evaluate, and for each step that samples
     assert "eval/accuracy" in lines[-1] and (out / "model.safetensors").exists()
     assert (out / "traces.jsonl").exists() == (flags.get("completions") == "teacher")
 

@@ -5,10 +5,10 @@
 `logits`: forward KL on given completions of 16 to 256 tokens, against TRL's GKDTrainer at lmbda 0, which is its trainer
 for that. `on_policy`: reverse KL on the student's own samples, free to end, against TRL's DistillationTrainer. Student
 (3.2 M parameters and an 8,192-row head) and teacher (twice the layers) are the same, so are prompts and data. Each side
-runs in a process of its own, taking turns, with one thread; the first two steps are left out. Completions given are
-checked to be the same tokens with the same first loss; completions sampled differ, so there the mean length is printed.
-TRL runs its defaults, but without gradient checkpointing (which would only slow it down), in one batch and in
-micro-batches of 8. Results: tests/bench/results/distill.json.
+runs in a process of its own, taking turns, with one thread; the first two steps of a run are left out, and of the rounds
+the median counts. Completions given are checked to be the same tokens with the same first loss; completions sampled
+differ, so there the mean length is printed. TRL runs its defaults, but without gradient checkpointing (which would only
+slow it down), in one batch and in micro-batches of 8. Results: tests/bench/results/distill.json.
 """
 import argparse
 import json
@@ -156,22 +156,31 @@ def run_child(side, case, folder, steps, python):
     return None if side == "prepare" else json.loads((folder / "result.json").read_text())
 
 
-def compare(case, steps, python):
-    """Runs every side of a case: {side: the figures of its table row}."""
-    rows = {}
+def compare(case, steps, rounds, python):
+    """Runs every side of a case in turn, as many times as there are rounds: {side: the figures of its table row}."""
+    found = {side: [] for side in ("ours", *LINES)}
     with tempfile.TemporaryDirectory() as folder:
-        for side in ["prepare", "ours", *LINES]:
-            run = run_child(side, case, Path(folder), steps, python if side in LINES else sys.executable)
-            if run:
-                cost, tokens = statistics.median(run["cpu_s"]), statistics.mean(run["tokens"])
-                rows[side] = {"cpu_s_per_step": cost, "tokens_per_step": tokens, "tokens_per_cpu_s": tokens / cost,
-                              "peak_mb": run["peak_mb"], "before_mb": run["before_mb"], "run": run}
+        run_child("prepare", case, Path(folder), steps, sys.executable)
+        for _ in range(rounds):
+            for side, runs in found.items():
+                runs.append(run_child(side, case, Path(folder), steps, python if side in LINES else sys.executable))
+    rows = {}
+    for side, runs in found.items():
+        rates = [sum(run["tokens"]) / sum(run["cpu_s"]) for run in runs]
+        rows[side] = {"cpu_s_per_step": statistics.median(statistics.mean(run["cpu_s"]) for run in runs),
+                      "tokens_per_step": statistics.mean(runs[0]["tokens"]),
+                      "tokens_per_cpu_s": statistics.median(rates), "tokens_per_cpu_s_by_round": rates,
+                      "peak_mb": max(run["peak_mb"] for run in runs), "before_mb": max(run["before_mb"] for run in runs),
+                      "first_loss": runs[0]["first_loss"], "versions": runs[0].get("versions")}
+    ours = rows["ours"]
     for side, row in rows.items():
-        row["ratio"] = rows["ours"]["tokens_per_cpu_s"] / row["tokens_per_cpu_s"]
-        ours, theirs = rows["ours"]["run"], row["run"]
-        if case == "logits" and (ours["tokens"] != theirs["tokens"] or abs(ours["first_loss"] / theirs["first_loss"] - 1) > 1e-3):
-            sys.exit(f"bench_distill.py: {side}: not the same work: tokens {theirs['tokens']}, loss {theirs['first_loss']}; "
-                     f"ours {ours['tokens']}, {ours['first_loss']}")
+        row["ratio"] = ours["tokens_per_cpu_s"] / row["tokens_per_cpu_s"]
+        row["ratio_by_round"] = [mine / theirs for mine, theirs in zip(ours["tokens_per_cpu_s_by_round"],
+                                                                       row["tokens_per_cpu_s_by_round"])]
+        for run, mine in zip(found[side], found["ours"]) if case == "logits" else ():
+            if run["tokens"] != mine["tokens"] or abs(mine["first_loss"] / run["first_loss"] - 1) > 1e-3:
+                sys.exit(f"bench_distill.py: {side}: not the same work: tokens {run['tokens']}, loss {run['first_loss']}; "
+                         f"ours {mine['tokens']}, {mine['first_loss']}")
     return rows
 
 
@@ -179,22 +188,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=5, help="steps a run, the first two left out")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side, taking turns")
     parser.add_argument("--trl_python", default=sys.executable, help="the Python that runs TRL's side")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "distill.json")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
-    report |= {"date": str(date.today()), "cpu": cpu_model(), "threads": 1}
+    report = {"date": str(date.today()), "cpu": cpu_model(), "threads": 1, "steps": options.steps, "rounds": options.rounds,
+              "cases": report["cases"]}
     for case in options.cases:
-        rows = compare(case, options.steps, options.trl_python)
-        report["cases"][case], report["versions"] = rows, rows["plain"]["run"].pop("versions")
+        rows = compare(case, options.steps, options.rounds, options.trl_python)
+        report["cases"][case], report["versions"] = rows, rows["plain"]["versions"]
         print(f"\n{case}: at least {min(rows[line]['ratio'] for line in LINES):.2f} times TRL (wanted: 1.5)")
-        print(f"{'':22}{'CPU-s/step':>11}{'tokens/step':>12}{'tokens/CPU-s':>13}{'ours / this':>12}{'peak MB':>9}"
+        print(f"{'':22}{'CPU-s/step':>11}{'tokens/step':>12}{'tokens/CPU-s':>13}{'ours / this (rounds)':>26}{'peak MB':>9}"
               f"{'before step 1':>14}{'first loss':>11}")
         for side, row in rows.items():
+            by_round = f"{row['ratio']:.2f} ({min(row['ratio_by_round']):.2f} to {max(row['ratio_by_round']):.2f})"
             print(f"{side if side == 'ours' else 'TRL, ' + side:22}{row['cpu_s_per_step']:>11.3f}{row['tokens_per_step']:>12,.0f}"
-                  f"{row['tokens_per_cpu_s']:>13,.0f}{row['ratio']:>12.2f}{row['peak_mb']:>9,.0f}{row['before_mb']:>14,.0f}"
-                  f"{row['run']['first_loss']:>11.5f}", flush=True)
+                  f"{row['tokens_per_cpu_s']:>13,.0f}{by_round:>26}{row['peak_mb']:>9,.0f}{row['before_mb']:>14,.0f}"
+                  f"{row['first_loss']:>11.5f}", flush=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
