@@ -645,8 +645,8 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
     flag, folder = f"--model_name_or_path {name_or_path}", Path(name_or_path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"{flag}: this folder holds no config.json, so it is not a model")
-    if not folder.exists() and name_or_path.count("/") != 1:
-        raise InputError(f"{flag}: no such folder")
+    if not folder.exists() and (name_or_path.count("/") != 1 or folder.parts[0] == "runs"):  # never a hub name: a run
+        raise InputError(f"{flag}: no such folder" + "; `python sft.py` makes it" * (folder == Path("runs/sft")))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
@@ -1410,3 +1410,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("eval.py: interrupted", file=sys.stderr)
+        sys.exit(130)

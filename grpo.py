@@ -977,6 +977,9 @@ def launch(main, Config):
     except (InputError, RunError, OSError, SafetensorError) as error:
         code = 2 if isinstance(error, InputError) else 1
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        code = 130
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

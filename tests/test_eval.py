@@ -612,3 +612,12 @@ def test_running_mean_skips_what_is_missing():
 def test_doctests():
     results = doctest.testmod(ground)
     assert results.attempted >= 10 and results.failed == 0
+
+
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ground.AutoTokenizer, "from_pretrained", lambda name: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no such folder; `python sft.py` makes it"):
+        ground.load_model("runs/sft")
+    with pytest.raises(InputError, match="no such folder$"):
+        ground.load_model("runs/typo")

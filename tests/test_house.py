@@ -141,6 +141,17 @@ def test_help_is_printed_and_names_every_flag_with_its_default(name, monkeypatch
     assert all(f"--{flag.name} " in said for flag in flags) and said.count("(default: ") >= len(flags)
 
 
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft.py"])
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        sft.launch(interrupted, sft.Config)
+    assert ended.value.code == 130 and capsys.readouterr().err == "sft.py: interrupted\n"
+
+
 SUFFIX = re.compile(r"_([A-Z1]+)$")
 
 
