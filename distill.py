@@ -91,7 +91,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("1-5", "difficulty levels to keep, such as 1-3 or 1,4, where the data has levels")
+    levels: str = flag("", "difficulty levels to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
     domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
     output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it")
@@ -321,6 +321,8 @@ def row_examples(tokenizer, row, where):
         examples = [Example(ids, [True] * len(ids))]
     elif "prompt" in row and "completion" in row:
         prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
+        if isinstance(completion, list) and isinstance(prompt, str):
+            raise InputError(f"{where}: prompt and completion must both be text or both be messages")
         if isinstance(completion, list):  # chat: the last message is what is trained
             prompt, completion = prompt + completion[:-1], completion[-1]["content"]
         prompt, answer = turn(tokenizer, prompt, completion)
@@ -1301,13 +1303,17 @@ def rlt_traces(sampler, tokenizer, problems, config, world):
     return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
 
 
-def right_and_wrong(texts, answer):
+def verdicts(texts, answers, world):
+    """Is each text's answer right? Decided on one process for all: a checker with a deadline may differ elsewhere."""
+    return on_rank_0(lambda: [verify(text, answer) for text, answer in zip(texts, answers, strict=True)], world)
+
+
+def right_and_wrong(texts, passed):
     """(right, wrong): the first right text, and the first that gives the most frequent wrong answer; None: no such.
 
-    >>> right_and_wrong(["a#3", "b#4", "c#5", "d#5", "no"], "4")
+    >>> right_and_wrong(["a#3", "b#4", "c#5", "d#5", "no"], [False, True, False, False, False])
     ('b#4', 'c#5')
     """
-    passed = [verify(text, answer) for text in texts]
     right = next((text for text, good in zip(texts, passed) if good), None)
     given = [(answer_key(extract_answer(text)), text) for text, good in zip(texts, passed)
              if not good and extract_answer(text) is not None]
@@ -1322,15 +1328,15 @@ def ssb_traces(sampler, tokenizer, problems, config, world):
     """
     G, prompts = config.num_generations, [encode_prompt(tokenizer, problem.prompt) for problem in problems]
     texts = sample(sampler, tokenizer, prompts, G, 0, config, world).texts(tokenizer)
-    found = [right_and_wrong(texts[i * G : (i + 1) * G], problem.answer) for i, problem in enumerate(problems)]
+    right_R = verdicts(texts, [problem.answer for problem in problems for _ in range(G)], world)
+    found = [right_and_wrong(texts[i : i + G], right_R[i : i + G]) for i in range(0, len(texts), G)]
     mixed = [i for i, (right, wrong) in enumerate(found) if right is not None and wrong is not None]
     hinted = [encode_prompt(tokenizer, fill(config.hint_template, problems[i].prompt,
                                             dict(zip(("right", "wrong"), found[i])))) for i in mixed]
     rollouts = sample(sampler, tokenizer, hinted, 1, 1, config, world)
-    passed = [verify(text, problems[i].answer) and bool(done)
-              for i, text, done in zip(mixed, rollouts.texts(tokenizer), rollouts.finished_R)]
+    passed = verdicts(rollouts.texts(tokenizer), [problems[i].answer for i in mixed], world)
     traces = [Trace(problems[i].prompt, prompts[i], rollouts.ids(row), hinted[row])
-              for row, i in enumerate(mixed) if passed[row]]
+              for row, i in enumerate(mixed) if passed[row] and rollouts.finished_R[row]]
     return traces, {"data/mixed": len(mixed) / len(problems), "data/kept": len(traces) / len(problems)}
 
 
@@ -1370,11 +1376,12 @@ def bootstrap_traces(sampler, tokenizer, problems, config, world):
     prompts = [encode_prompt(tokenizer, with_demonstrations(*pair)) for pair in zip(asked, shown)]
     G, traces = config.num_generations, []
     rollouts = sample(sampler, tokenizer, prompts, G, 0, config, world)
-    texts, lengths = rollouts.texts(tokenizer), rollouts.lengths_R.tolist()
+    lengths = rollouts.lengths_R.tolist()
+    right_R = verdicts(rollouts.texts(tokenizer), [problem.answer for problem in problems for _ in range(G)], world)
     for i, problem in enumerate(problems):
         for row in range(i * G, (i + 1) * G):
             fits = config.min_thought_tokens <= lengths[row] <= (config.max_thought_tokens or math.inf)
-            if fits and rollouts.finished_R[row] and verify(texts[row], problem.answer):
+            if fits and rollouts.finished_R[row] and right_R[row]:
                 budget = {"budget": str(1 << (lengths[row] - 1).bit_length())}
                 question = fill(config.budget_template, problem.prompt, budget)
                 ids = encode_prompt(tokenizer, question)

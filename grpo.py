@@ -87,7 +87,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("1-5", "difficulty levels to keep, such as 1-3 or 1,4, where the data has levels")
+    levels: str = flag("", "difficulty levels to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
     domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
     output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")

@@ -83,7 +83,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("1-5", "difficulty levels to keep, such as 1-3 or 1,4, where the data has levels")
+    levels: str = flag("", "difficulty levels to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
     domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
     output_dir: str = flag("runs/sft", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
@@ -286,6 +286,8 @@ def row_examples(tokenizer, row, where):
         examples = [Example(ids, [True] * len(ids))]
     elif "prompt" in row and "completion" in row:
         prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
+        if isinstance(completion, list) and isinstance(prompt, str):
+            raise InputError(f"{where}: prompt and completion must both be text or both be messages")
         if isinstance(completion, list):  # chat: the last message is what is trained
             prompt, completion = prompt + completion[:-1], completion[-1]["content"]
         prompt, answer = turn(tokenizer, prompt, completion)

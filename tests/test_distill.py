@@ -384,8 +384,11 @@ def test_rows_sampled_by_the_student_are_a_share_and_the_others_are_the_data(fol
 
 
 def test_attempts_take_the_first_right_and_the_commonest_wrong():
-    assert distill.right_and_wrong(["x", "b#4", "a#3", "c#5", "d#5.0", "e#4"], "4") == ("b#4", "c#5")
-    assert distill.right_and_wrong(["b#4", "x"], "4") == ("b#4", None) and distill.right_and_wrong(["c#5"], "4") == (None, "c#5")
+    def found(*texts):
+        return distill.right_and_wrong(texts, distill.verdicts(texts, ["4"] * len(texts), ALONE))
+
+    assert found("x", "b#4", "a#3", "c#5", "d#5.0", "e#4") == ("b#4", "c#5")
+    assert found("b#4", "x") == ("b#4", None) and found("c#5") == (None, "c#5")
 
 
 def fake_samples(monkeypatch, answer):

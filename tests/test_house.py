@@ -98,7 +98,7 @@ def readme_commands():
     for text in texts:
         joined = text.replace("\\\n", " ")
         for match in re.finditer(r"(?:python|torchrun)[^\n`|&]*?\b(sft|dpo|distill|grpo|moe|eval)\.py([^\n`|&]*)", joined):
-            yield match[1], match[2].split("#")[0].split(")")[0].strip()
+            yield match[1], re.split(r"\s#\s|\)", match[2])[0].strip()  # a comment, or the end of prose
 
 
 def test_commands_in_the_readme_parse(monkeypatch):

@@ -333,3 +333,9 @@ def test_wandb_gets_flags_curves_and_samples(tmp_path, monkeypatch):
     assert [line.get("samples") for _, line in lines] == [
         (["step", "text"], [["1", folder]]) if first else None for folder in "abb" for first in (True, False)]
     assert [line["loss"] for _, line in lines] == [1.0, 0.5] * 3
+
+
+def test_text_and_messages_are_not_mixed_in_a_row():
+    row = {"prompt": "1+1=", "completion": [{"role": "assistant", "content": "2"}]}
+    with pytest.raises(InputError, match="row 7: prompt and completion must both"):
+        sft.row_examples(char_tokenizer(), row, "row 7")
