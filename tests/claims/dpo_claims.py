@@ -131,7 +131,8 @@ CLAIMS = [
         measure=on_policy_figures, curve=step_curve, axes=("step", "task accuracy, greedy"), premise=start_accuracy,
         quick="--max_steps 4 --resample_steps 2 --eval_steps 2 --n_eval 16 --round_prompts 24",
         notes="Rollouts: 4 rounds of 96 prompts x 8 (dpo: one round of 384); Step-APO's pay for its searches, "
-              "and its 20 to 30 pairs a round are trained on many times over.",
+              "and its 20 to 30 pairs a round are trained on many times over. At 1e-4 instead of 2e-5, 5 seeds: sft .74, "
+              "rpo .69, iterative dpo .63, dpo .47, step-apo .37.",
     ),
     Claim(
         name="dpo_budget",
