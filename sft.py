@@ -1078,9 +1078,10 @@ class Log:
         line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
                 "time/peak_memory_gb": memory / 2**30}
         append_line(self.path, line)
+        due = step % self.config.logging_steps == 0 or step == self.config.max_steps
         if self.wandb:
-            self.wandb.log(line | self.new_samples(), step=step)
-        if step % self.config.logging_steps == 0 or step == self.config.max_steps:
+            self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
+        if due:
             mean = (time.perf_counter() - self.began) / self.steps_done
             left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)

@@ -477,6 +477,25 @@ def test_rows_that_were_not_sampled_under_their_prompt_count_with_their_true_log
     assert known.rows[3].advantage != pytest.approx(-0.5, abs=1e-4)  # the KL did move it
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "tea"])
+def test_the_entropy_bonus_against_a_loop(tiny, weighting):
+    model, tokenizer = tiny
+    c, rows, wanted = config(entropy_coef=0.3, entropy_weighting=weighting), [], 0.0
+    for i, text in enumerate(("12", "345#6")):
+        prompt, tokens_T = encode_prompt(tokenizer, "1+1="), torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+        weights_T = (1 + i) * torch.arange(1.0, len(tokens_T) + 1)
+        rows.append(grpo.Row(prompt, tokens_T, {"sampled": torch.zeros(len(tokens_T)), "entropy_weight": weights_T}, True))
+        rows[-1].weight = 0.1 * (i + 1)  # its advantage is 0, so the bonus is all there is
+        with torch.no_grad():
+            logps = (model(torch.tensor([prompt + tokens_T.tolist()])).logits[0].double() / c.temperature).log_softmax(-1)
+        for t in range(len(tokens_T)):
+            at = logps[len(prompt) + t - 1]
+            wanted -= 0.3 * rows[-1].weight * (float(weights_T[t]) if weighting == "tea" else 1) * float(-(at.exp() * at).sum())
+    update = grpo.Update(rows, True, c)
+    found, _ = update.loss_of(grpo.Policy(model), grpo.collate(update.examples, [1, 0], torch.device("cpu")))
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_solution_is_imitated_and_nothing_else(tiny):
     model, tokenizer = tiny
     found, problem = [], Problem("1+1=", "2", "1+1=2#2")

@@ -324,14 +324,15 @@ def test_wandb_gets_flags_curves_and_samples(tmp_path, monkeypatch):
             (tmp_path / folder / "args.json").write_text(json.dumps(sft.run_args(config, ALONE)))
         log = sft.Log(tmp_path / folder, config, ALONE)
         sft.append_line(tmp_path / folder / "samples.jsonl", {"step": 1, "text": folder})
-        log.step(1, {"loss": 1.0}, (), 1, 1.0)
+        log.step(1, {"loss": 1.0}, (), 1, 1.0)  # no step that is printed: its sample waits for the next table
+        sft.append_line(tmp_path / folder / "samples.jsonl", {"step": 2, "text": folder})
         log.step(2, {"loss": 0.5}, (), 1, 1.0)
     assert all(settings["config"].items() >= asdict(config).items() for settings in inits)
     assert all("versions" in settings["config"] and settings["reinit"] == "finish_previous" for settings in inits)
     a, b, again = (settings["id"] for settings in inits)
     assert a != b == again
     assert [line.get("samples") for _, line in lines] == [
-        (["step", "text"], [["1", folder]]) if first else None for folder in "abb" for first in (True, False)]
+        (["step", "text"], [["1", folder], ["2", folder]]) if due else None for folder in "abb" for due in (False, True)]
     assert [line["loss"] for _, line in lines] == [1.0, 0.5] * 3
 
 
@@ -339,3 +340,10 @@ def test_text_and_messages_are_not_mixed_in_a_row():
     row = {"prompt": "1+1=", "completion": [{"role": "assistant", "content": "2"}]}
     with pytest.raises(InputError, match="row 7: prompt and completion must both"):
         sft.row_examples(char_tokenizer(), row, "row 7")
+
+
+def test_without_levels_all_that_the_data_has_are_kept(tmp_path):
+    rows = [{"prompt": f"{level}=", "answer": "1", "solution": "#1", "level": level} for level in (1, 5, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = sft.load_train_problems(Config(dataset_name=str(tmp_path / "rows.jsonl"), n_train=0))
+    assert [problem.level for problem in kept] == [1, 5, 9]
