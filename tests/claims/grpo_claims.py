@@ -181,8 +181,11 @@ def parts_premise(start):
 # --- the wrong rule: `12*34=` subtracts digit by digit, but the start has learned to add; `-#88` is rule and answer ---
 
 
-def wrong_rule(start, p_rule=0.003, p_digit=0.4):
-    """Data beside the start, which shows the right rule with chance p_rule and each digit of it with chance p_digit.
+P_RULE, P_DIGIT = 0.003, 0.4  # how often the start tries the right rule, and how often a digit of it is right then
+
+
+def wrong_rule(start):
+    """Data beside the start, which shows the right rule with chance P_RULE and each digit of it with chance P_DIGIT.
 
     sft.jsonl: a quarter easy problems (`+`), half hard ones with a hint, a quarter hard ones without. train.jsonl,
     test.jsonl (hard ones only); teacher.jsonl is right but where the third digit is 8 or 9.
@@ -193,13 +196,13 @@ def wrong_rule(start, p_rule=0.003, p_digit=0.4):
         (rule,), (first, second) = problem["hints"]
         hint = rng.choice([rule, first, f"{first} {second}", problem["solution"]])
         if i % 4 in (1, 2) or (i % 4 == 0 and rng.random() < 0.5):
-            rows.append({"prompt": f"{hint};{problem['prompt']}", "completion": spoken(rng, problem, hint, p_digit)})
+            rows.append({"prompt": f"{hint};{problem['prompt']}", "completion": spoken(rng, problem, hint)})
         elif i % 4 == 0:
             rows.append({"prompt": problem["prompt"], "completion": problem["solution"]})
         else:
-            right = rng.random() < p_rule
+            right = rng.random() < P_RULE
             rows.append({"prompt": problem["prompt"],
-                         "completion": spoken(rng, problem, "", p_digit) if right else solve(problem["prompt"], "+")})
+                         "completion": spoken(rng, problem, "") if right else solve(problem["prompt"], "+")})
         problem = rule_problem(rng, hard=i % 4 != 0)
         wrong = problem["prompt"][2] == "*" and problem["prompt"][3] in "89"
         teacher.append({"prompt": problem["prompt"],
@@ -208,11 +211,6 @@ def wrong_rule(start, p_rule=0.003, p_digit=0.4):
     write(start.parent / "teacher.jsonl", teacher)
     write(start.parent / "train.jsonl", [rule_problem(rng, hard=i % 4 != 0) for i in range(400)])
     write(start.parent / "test.jsonl", [rule_problem(rng, True) for _ in range(128)])
-
-
-def milder_wrong_rule(start):
-    """The same with a start that tries the right rule in 2 % of cases and then knows its digits better."""
-    wrong_rule(start, 0.02, 0.55)
 
 
 def solve(prompt, rule):
@@ -232,10 +230,10 @@ def rule_problem(rng, hard):
                     "hints": [[f"k{solution[0]}"], [f"s{solution[2]}", solution[3]]]}
 
 
-def spoken(rng, problem, hint, p_digit):
-    """What the start says: the right rule; a digit is right where the hint gives it, else with chance p_digit."""
+def spoken(rng, problem, hint):
+    """What the start says: the right rule; a digit is right where the hint gives it, else with chance P_DIGIT."""
     known = 2 if " " in hint or "#" in hint else 1 if hint.startswith("s") else 0
-    return problem["solution"][:2] + "".join(digit if i < known or rng.random() < p_digit else rng.choice("0123456789")
+    return problem["solution"][:2] + "".join(digit if i < known or rng.random() < P_DIGIT else rng.choice("0123456789")
                                              for i, digit in enumerate(problem["solution"][2:]))
 
 
@@ -244,7 +242,6 @@ COLD = ("sft.py --model_name_or_path tiny --dataset_name {start}/../%s.jsonl --n
         "--output_dir {start}%s")
 WRONG_RULE = (wrong_rule, COLD % ("sft", 500, ""))
 WITH_TEACHER = (*WRONG_RULE, COLD % ("teacher", 400, "/../teacher"))
-MILDER = (milder_wrong_rule, COLD % ("sft", 500, ""))
 RULE_RL = ("grpo.py --model_name_or_path {start} --dataset_name {start}/../train.jsonl --eval_dataset_name {start}/../test.jsonl "
            "--n_train 16 --n_eval 128 --max_completion_length 6 --per_device_train_batch_size 128 --learning_rate 2e-4 "
            "--hint_template {{hint}};{{prompt}} --max_steps 120 --eval_steps 6 --save_steps 0 --seed {seed} "
@@ -299,6 +296,16 @@ def format_measured(out):
     curve = sampled_curve(out)
     return {"area": area(curve), "sampled accuracy at the end": sum(y for _, y in curve[-5:]) / 5,
             "length at the end": sum(line["completions/mean_length"] for line in lines[-5:]) / 5}
+
+
+def one_example_measured(out):
+    """What training added to the accuracy of samples of held-out problems; greedy: its area against rollouts, its end."""
+    from eval import evaluate, load_model, load_problems
+    start = json.loads((out / "args.json").read_text())["flags"]["model_name_or_path"]
+    problems, curve = load_problems(f"{start}/../test.jsonl"), read_curve(out)
+    before, after = (evaluate(*load_model(str(path)), problems, n=16, max_new_tokens=14)["accuracy"] for path in (start, out))
+    return {"gain in sampled accuracy": after - before, "sampled accuracy at the end": after, "greedy area": area(curve),
+            "greedy at the end": last(curve)}
 
 
 def sampled_curve(out):
@@ -396,18 +403,19 @@ CLAIMS = [
           pairs=(("kdrl, joint", "grpo"), ("kdrl, joint", "kd"), ("kdrl, annealed", "kdrl, joint"), ("kdrl, switched", "kd"),
                  ("kdrl, forward", "kdrl, joint"), ("kdrl, stuck only", "kdrl, joint"))),
     Claim("t1", "T1 2501.11651", "each part of T1 helps at equal rollouts",
-          {"grpo": (RULE_RL,),
-           "G 32": (RULE_RL + "--num_generations 32 --per_device_train_batch_size 512 --max_steps 30 --eval_steps 2",),
-           "temperature 1.2": (RULE_RL + "--temperature 1.2",),
-           "leave one out": (RULE_RL + "--baseline leave_one_out --scale_rewards none",),
-           "entropy bonus": (RULE_RL + "--entropy_coef 0.01",),
-           "moving anchor": (RULE_RL + "--beta 0.01 --kl_in_reward --ref_model_mixup_alpha 0.01",),
-           "tea": (RULE_RL + "--entropy_coef 0.01 --entropy_weighting tea",)},
-          rule_measured, MILDER, premise=rule_premise, quick="--max_steps 8 --eval_steps 4"),
-    Claim("one_example", "1-shot RLVR 2504.20571", "one training problem, or entropy alone, goes far",
-          {"16 problems": (RULE_RL,), "1 problem": (RULE_RL + "--n_train 1",),
-           "entropy only": (RULE_RL + "--reward_weights 0 --entropy_coef 0.01",)},
-          rule_measured, MILDER, premise=rule_premise, quick="--max_steps 8 --eval_steps 4"),
+          {"grpo": (LEVELS,), "G 32": (LEVELS + "--num_generations 32",), "temperature 1.2": (LEVELS + "--temperature 1.2",),
+           "leave one out": (LEVELS + "--baseline leave_one_out --scale_rewards none",),
+           "entropy bonus": (LEVELS + "--entropy_coef 0.01",),
+           "moving anchor": (LEVELS + "--beta 0.01 --kl_in_reward --ref_model_mixup_alpha 0.01",),
+           "tea": (LEVELS + "--entropy_coef 0.01 --entropy_weighting tea",)},
+          levels_measured, REVERSAL, premise=level_premise, quick="--max_steps 6 --eval_steps 2",
+          notes="From a start that tried the right rule in 2 % of its samples (3 seeds) no arm moved: a floor, not a result."),
+    Claim("one_example", "1-shot RLVR 2504.20571", "one training problem, or entropy alone, does what 2,000 problems do",
+          {"2,000 problems": (FORMAT_RL,), "1 problem": (FORMAT_RL + "--n_train 1",),
+           "entropy only": (FORMAT_RL + "--reward_weights 0 --entropy_coef 0.01",)},
+          one_example_measured, FORMATS, axes=("rollouts", "held-out greedy accuracy"), quick="--max_steps 4 --eval_steps 2",
+          notes="The start knows the task and answers in the wrong format half of the time, as the paper's base models do. "
+                "Where the start hardly knew the task (4 seeds), one problem was learned and taught nothing else."),
     Claim("format_length", "2505.19439", "format, or format and length, teach as much as the answer's correctness does",
           {"accuracy": (FORMAT_RL,), "format": (FORMAT_RL + "--reward_funcs format",),
            "format and length": (FORMAT_RL + "--reward_funcs format_length",)},
