@@ -12,8 +12,8 @@ Against TRL's DPOTrainer: the reference is the model given, not one reloaded by 
 are computed once, before training; the prompt of a pair is computed once for both completions; rows are sorted by
 length; only completion tokens meet the output head; pairs over --max_length are left out, not cut short.
 
-Dimensions: P pairs · C = 2 completions, chosen first · B lines of one forward · S predicting positions ·
-N trained tokens · D model width.
+Dimensions: P pairs · C = 2 completions, chosen first · T tokens of a completion · B lines of one forward ·
+S predicting positions · N trained tokens · D model width · V vocabulary.
 
     python sft.py && python dpo.py                    # the embedded task, pairs from the policy: two minutes
     python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --pairs offline --eval_steps 0 \
@@ -285,8 +285,9 @@ def split_chats(prompt, chosen, rejected, where):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         chosen, rejected = prompt + chosen, prompt + rejected
     *context, last = chosen
-    if rejected[:-1] != context or last["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise InputError(f"{where}: chosen and rejected must be one conversation but for the assistant's last message")
+    if not context or rejected[:-1] != context or {last["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise InputError(f"{where}: chosen and rejected must be one conversation of two messages or more in which only "
+                         "the assistant's last one differs")
     return context, last["content"], rejected[-1]["content"]
 
 
@@ -325,7 +326,7 @@ def row_pair(tokenizer, row, prompt_template, where):
 
 
 def load_pair_rows(config):
-    """Rows with prompt, chosen and rejected. `chain` pairs right solutions with such that have wrong steps."""
+    """Rows with prompt, chosen and rejected. `chain` pairs right solutions with ones that have wrong steps."""
     if config.dataset_name != "chain":
         return read_rows(config.dataset_name, config.dataset_train_split)[: config.n_train or None]
     right, spoiled = load_train_problems(config), load_train_problems(config, config.error_rate)
@@ -348,12 +349,11 @@ def make_pairs(rows, tokenizer, config):
     return kept
 
 
-def cold_start_pairs(problems, prompts, tokenizer):
+def cold_start_pairs(problems, tokenizer):
     """The solutions of problems, as pairs that have no rejected completion."""
     if not all(problem.solution for problem in problems):
         raise InputError("--sft_fraction: these problems have no worked solutions for a cold start")
-    return [Pair(prompt, turn(tokenizer, problem.prompt, problem.solution)[1], [], problem.level)
-            for problem, prompt in zip(problems, prompts)]
+    return [Pair(*turn(tokenizer, problem.prompt, problem.solution), [], problem.level) for problem in problems]
 
 
 def n_open(n, step, config):
@@ -405,8 +405,8 @@ class PairBatch(NamedTuple):
 
 def line_tokens(pair, share_prefix):
     """What a pair costs in a forward, in tokens."""
-    prompt, chosen, rejected = map(len, pair[:3])
-    return max(1, prompt + chosen + rejected - 2 if share_prefix else 2 * (prompt + max(chosen, rejected) - 1))
+    read = [max(0, len(ids) - 1) for ids in pair[1:3]]
+    return len(pair.prompt) + sum(read) if share_prefix else 2 * (len(pair.prompt) + max(read))
 
 
 def collate_pairs(pairs, rows, share_prefix, device):
@@ -415,34 +415,35 @@ def collate_pairs(pairs, rows, share_prefix, device):
     With share_prefix a pair is one line whose completions do not see each other, else a line each, where no mask is
     needed: nothing before a pad can see it.
     """
-    lines, targets, slots = [], [], []
+    lines, where, targets, slots = [], [], [], []  # lines: (token ids, their positions, the side each belongs to)
     longest = max([1, *(len(ids) for row in rows for ids in pairs[row][1:3])])
     for i, row in enumerate(rows):
-        completions = [(2 * i, pairs[row].chosen), (2 * i + 1, pairs[row].rejected)]
-        lines += [(pairs[row].prompt, part) for part in ([completions] if share_prefix else zip(completions))]
-    width = max([1, *(len(prompt) + sum(max(0, len(ids) - 1) for _, ids in part) for prompt, part in lines)])
-    B = max(1, len(lines))
-    ids_BS, positions_BS, branch_BS = (torch.zeros(B, width, dtype=torch.long) for _ in range(3))
-    where = []
-    for b, (prompt, part) in enumerate(lines):
-        start = len(prompt)
-        ids_BS[b, :start], positions_BS[b, :start] = torch.tensor(prompt), torch.arange(start)
-        for branch, (side, ids) in enumerate(part, 1):
-            end = start + max(0, len(ids) - 1)
-            ids_BS[b, start:end] = torch.tensor(ids[:-1], dtype=torch.long)
-            positions_BS[b, start:end] = torch.arange(len(prompt), len(prompt) + end - start)
-            branch_BS[b, start:end] = branch
-            where += [b * width + s for s in (len(prompt) - 1, *range(start, end))[: len(ids)]]
-            targets, slots = targets + ids, slots + list(range(side * longest, side * longest + len(ids)))
-            start = end
+        prompt, *completions = pairs[row][:3]
+        for sides in ([0, 1],) if share_prefix else ([0], [1]):
+            ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+            for side in sides:
+                completion, first = completions[side], (2 * i + side) * longest
+                n_read = max(0, len(completion) - 1)  # from its last token nothing is predicted
+                places = [len(prompt) - 1, *range(len(ids), len(ids) + n_read)][: len(completion)]
+                where += [(len(lines), place) for place in places]
+                targets += completion
+                slots += range(first, first + len(completion))
+                ids = ids + completion[:-1]
+                positions += range(len(prompt), len(prompt) + n_read)
+                owners += [1 + side] * n_read
+            lines.append((ids, positions, owners))
+    lines = lines or [([0], [0], [0])]
+    width = max(len(ids) for ids, _, _ in lines)
+    ids_BS, positions_BS, owner_BS = torch.tensor(
+        [[part + [0] * (width - len(part)) for part in line] for line in lines], device=device).unbind(1)
     mask_B1SS = None
     if share_prefix:
-        query_BS1, key_B1S = branch_BS[:, :, None], branch_BS[:, None]
-        seen_BSS = ((key_B1S == 0) | (key_B1S == query_BS1)) & torch.ones(width, width, dtype=torch.bool).tril()
-        mask_B1SS = seen_BSS[:, None].to(device)
+        key_B1S, query_BS1 = owner_BS[:, None], owner_BS[:, :, None]
+        before_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        mask_B1SS = (((key_B1S == 0) | (key_B1S == query_BS1)) & before_SS)[:, None]
+    where = [line * width + place for line, place in where]
     where_N, targets_N, slots_N = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets, slots))
-    return PairBatch(ids_BS.to(device), positions_BS.to(device), mask_B1SS, where_N, targets_N, slots_N, list(rows),
-                     longest)
+    return PairBatch(ids_BS, positions_BS, mask_B1SS, where_N, targets_N, slots_N, list(rows), longest)
 
 
 # --- model ---
@@ -463,7 +464,7 @@ class PairPolicy(nn.Module):
         hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
         weight_VD = self.model.get_output_embeddings().weight
         logps_N, _ = linear_logps(hidden_ND, weight_VD, batch.targets_N, entropy=False, softcap=softcap(self.model))
-        logps_PCT = logps_N.new_zeros(len(batch.rows), 2, batch.longest)
+        logps_PCT = logps_N.new_zeros(len(batch.rows), 2, batch.longest)  # index_add has no fixed order on a GPU
         return logps_PCT.flatten().index_copy(0, batch.slots_N, logps_N).view_as(logps_PCT).sum(-1)
 
 
@@ -1098,16 +1099,15 @@ def sample_attempts(decoder, tokenizer, problems, prompts, starts, number, confi
     rollouts = generate(decoder, tokenizer, [prompts[i] + starts[i] for i in mine], config.num_generations,
                         config.max_completion_length, config.temperature, seed=[config.seed, number],
                         batch_size=config.generation_batch_size, keys=mine)
-    groups = {i: [] for i in mine}
+    groups = [[] for _ in mine]
     for row, finished in enumerate(rollouts.finished_R.tolist()):
-        i, ids = mine[row // config.num_generations], rollouts.ids(row)
-        right = finished and verify(tokenizer.decode(starts[i] + ids[:-1]), problems[i].answer)
-        groups[i].append(Attempt(ids, right))
+        k, ids = row // config.num_generations, rollouts.ids(row)
+        right = finished and verify(tokenizer.decode(starts[mine[k]] + ids[:-1]), problems[mine[k]].answer)
+        groups[k].append(Attempt(ids, right))
     parts = [groups] * world.size
     if world.size > 1:
         dist.all_gather_object(parts, groups)
-    groups = {i: group for part in parts for i, group in part.items()}
-    return [groups[i] for i in range(len(prompts))]
+    return [parts[i % world.size][i // world.size] for i in range(len(prompts))]
 
 
 def distinct(lists):
@@ -1115,14 +1115,14 @@ def distinct(lists):
     return [list(ids) for ids in dict.fromkeys(map(tuple, lists))]
 
 
-def answer_pairs(groups, problems, prompts, number, config):
+def answer_pairs(groups, prompts, number, config):
     """Whole completions, right against wrong, at most --pairs_per_prompt of each prompt and no two alike."""
     pairs = []
     for i, group in enumerate(groups):
         right, wrong = (distinct(a.ids for a in group if a.right is verdict) for verdict in (True, False))
         picked = np.random.default_rng([config.seed, number, i]).permutation(len(right) * len(wrong))
-        for k in picked[: config.pairs_per_prompt].tolist():
-            pairs.append(Pair(prompts[i], right[k // len(wrong)], wrong[k % len(wrong)], problems[i].level))
+        pairs += [Pair(prompts[i], right[k // len(wrong)], wrong[k % len(wrong)])
+                  for k in picked[: config.pairs_per_prompt].tolist()]
     return pairs
 
 
@@ -1133,13 +1133,13 @@ class Search:
 
     problem: int
     ids: list
-    ends: list  # where each of its steps ends
+    ends: list  # where it ends after 0, 1, ... steps
     tries: list  # Attempts made after `low` steps
-    low: int = 0
-    high: int = 0
+    low: int
+    high: int
 
     def start(self, n_steps):
-        return self.ids[: self.ends[n_steps - 1]] if n_steps else []
+        return self.ids[: self.ends[n_steps]]
 
 
 def step_ends(ids, tokenizer, separator):
@@ -1163,15 +1163,13 @@ def find_first_wrong_steps(groups, tokenizer, sample, config):
     """
     searches = []
     for i, group in enumerate(groups):
-        wrong = distinct(attempt.ids for attempt in group if not attempt.right)
         if any(attempt.right for attempt in group):
-            for ids in wrong[: config.pairs_per_prompt]:
-                ends = step_ends(ids, tokenizer, config.step_separator)
-                searches.append(Search(i, ids, ends, group, high=len(ends)))
+            for ids in distinct(attempt.ids for attempt in group if not attempt.right)[: config.pairs_per_prompt]:
+                ends = [0, *step_ends(ids, tokenizer, config.step_separator)]
+                searches.append(Search(i, ids, ends, group, low=0, high=len(ends) - 1))
     while going := [search for search in searches if search.high - search.low > 1]:
         middles = [(search.low + search.high) // 2 for search in going]
-        found = sample([search.problem for search in going],
-                       [search.start(middle) for search, middle in zip(going, middles)])
+        found = sample([search.problem for search in going], [s.start(middle) for s, middle in zip(going, middles)])
         for search, middle, tries in zip(going, middles, found):
             if any(attempt.right for attempt in tries):
                 search.low, search.tries = middle, tries
@@ -1180,27 +1178,24 @@ def find_first_wrong_steps(groups, tokenizer, sample, config):
     return searches
 
 
-def step_pairs(groups, problems, prompts, tokenizer, sample, config):
+def step_pairs(groups, prompts, tokenizer, sample, config):
     """Single steps in the same state: the first wrong one of a wrong completion against one that led to a right answer.
 
     For step_apo the values are measured: the share of right answers among continuations after the chosen step; after
     the rejected one none came, which is how it was found.
     """
-    pairs, after = [], []  # after: the problem and the start of a completion that the chosen step leads to
+    pairs, after = [], []  # after: the problem and the start that the chosen step leads to; None: it was the last step
     for search in find_first_wrong_steps(groups, tokenizer, sample, config):
-        state, rejected = search.start(search.low), search.ids[: search.ends[search.high - 1]]
-        rejected = rejected[len(state) :]
-        steps = {}  # the first step of each right continuation, and is it also its last?
+        state = search.start(search.low)
+        rejected = search.start(search.high)[len(state) :]
         for ids in (attempt.ids for attempt in search.tries if attempt.right):
-            end = step_ends(ids, tokenizer, config.step_separator)[0]
-            steps[tuple(ids[:end])] = end == len(ids)
-        steps.pop(tuple(rejected), None)  # found wrong by bad luck: a right completion took it too
-        for chosen, ends_all in list(steps.items())[:1]:
-            level = problems[search.problem].level
-            pair = Pair(prompts[search.problem] + state, list(chosen), rejected, level, (1.0, 0.0))
-            if pair not in pairs:
-                pairs.append(pair)
-                after.append(None if ends_all else (search.problem, state + list(chosen)))
+            chosen = ids[: step_ends(ids, tokenizer, config.step_separator)[0]]
+            if chosen != rejected:  # equal: found wrong by bad luck, a right completion took it too
+                pair = Pair(prompts[search.problem] + state, chosen, rejected, values=(1.0, 0.0))
+                if pair not in pairs:
+                    pairs.append(pair)
+                    after.append((search.problem, state + chosen) if len(chosen) < len(ids) else None)
+                break
     if config.loss_type == "step_apo":
         going = [k for k, place in enumerate(after) if place]
         found = sample([after[k][0] for k in going], [after[k][1] for k in going])
@@ -1223,13 +1218,12 @@ def sample_pairs(decoder, tokenizer, problems, prompts, number, config, world):
 
     groups = sample(range(len(prompts)), [[]] * len(prompts))
     if config.pairs == "steps":
-        pairs = step_pairs(groups, problems, prompts, tokenizer, sample, config)
+        pairs = step_pairs(groups, prompts, tokenizer, sample, config)
     else:
-        pairs = answer_pairs(groups, problems, prompts, number, config)
-    right_P = [sum(attempt.right for attempt in group) / len(group) for group in groups]
-    mixed_P = [0 < share < 1 for share in right_P]
-    return pairs, {"reward": float(np.mean(right_P)), "frac_mixed": float(np.mean(mixed_P)), "num_pairs": len(pairs),
-                   "rollouts": sum(calls) * config.num_generations}
+        pairs = answer_pairs(groups, prompts, number, config)
+    right_P = np.array([np.mean([attempt.right for attempt in group]) for group in groups])
+    return pairs, {"reward": float(right_P.mean()), "frac_mixed": float(((0 < right_P) & (right_P < 1)).mean()),
+                   "num_pairs": len(pairs), "rollouts": sum(calls) * config.num_generations}
 
 
 # --- main ---
@@ -1242,14 +1236,13 @@ def check_config(config):
         if getattr(config, name) not in allowed:
             raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"num_generations": 2, "pairs_per_prompt": 1, "round_prompts": 1, "max_prompt_length": 1, "max_length": 2,
-              "generation_batch_size": 1, "beta": 0, "label_smoothing": 0, "rpo_alpha": 0, "dpop_lambda": 0,
-              "resample_steps": 0, "budget": 0, "num_train_epochs": 0, "sft_learning_rate": 0, "easy_to_hard": 0,
-              "sft_fraction": 0}
+              "generation_batch_size": 1, "beta": 0, "rpo_alpha": 0, "dpop_lambda": 0, "resample_steps": 0, "budget": 0,
+              "num_train_epochs": 0, "sft_learning_rate": 0}
     for name, low in lowest.items():
         if not getattr(config, name) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
     for name in ("label_smoothing", "easy_to_hard", "sft_fraction"):
-        if getattr(config, name) > 1:
+        if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
     if not config.temperature > 0:
         raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
@@ -1278,28 +1271,24 @@ class Data(NamedTuple):
 def load_data(config, tokenizer):
     """Data as --pairs and --sft_fraction have it; the first sft_fraction of the examples are the cold start's."""
     if config.pairs == "offline":
-        problems, prompts = [], []
-        pairs = make_pairs(load_pair_rows(config), tokenizer, config)[: config.budget or None]
+        pairs, problems = make_pairs(load_pair_rows(config), tokenizer, config)[: config.budget or None], []
         if len(pairs) < config.budget:
             raise InputError(f"--budget {config.budget}: --dataset_name {config.dataset_name} gives {len(pairs)} pairs")
         n_cold = round(config.sft_fraction * len(pairs))
         cold, pairs = [pair._replace(rejected=[]) for pair in pairs[:n_cold]], pairs[n_cold:]
     else:
         pairs, problems = [], load_train_problems(config)
-        prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
         n_cold = round(config.sft_fraction * len(problems))
-        longest = max(map(len, prompts))
-        if longest > config.max_prompt_length:
-            raise InputError(f"--max_prompt_length {config.max_prompt_length}: a prompt of --dataset_name "
-                             f"{config.dataset_name} has {longest} tokens")
-        cold = cold_start_pairs(problems[:n_cold], prompts[:n_cold], tokenizer)
-        problems, prompts = problems[n_cold:], prompts[n_cold:]
+        cold, problems = cold_start_pairs(problems[:n_cold], tokenizer), problems[n_cold:]
     if config.easy_to_hard:
-        order = sorted(range(len(problems)), key=lambda i: problems[i].level)
-        problems, prompts = [problems[i] for i in order], [prompts[i] for i in order]
-        cold, pairs = (sorted(part, key=lambda pair: pair.level) for part in (cold, pairs))
+        cold, pairs, problems = (sorted(part, key=lambda item: item.level) for part in (cold, pairs, problems))
         if not any(item.level for item in cold + pairs + problems):
             raise InputError(f"--easy_to_hard: --dataset_name {config.dataset_name} has no levels")
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    longest = max((len(prompt) for prompt in [*prompts, *(pair.prompt for pair in cold)]), default=0)
+    if config.pairs != "offline" and longest > config.max_prompt_length:
+        raise InputError(f"--max_prompt_length {config.max_prompt_length}: a prompt of --dataset_name "
+                         f"{config.dataset_name} has {longest} tokens")
     return Data(cold, pairs, problems, prompts)
 
 
@@ -1310,8 +1299,9 @@ def cold_steps(config):
 
 def check_phases(data, config):
     """InputError where --sft_fraction leaves one of the two phases without examples or without steps."""
-    found = data.cold and cold_steps(config), (data.pairs or data.problems) and cold_steps(config) < config.max_steps
-    if tuple(map(bool, found)) != (config.sft_fraction > 0, config.sft_fraction < 1):
+    steps, rest = cold_steps(config), data.pairs or data.problems
+    possible = bool(data.cold and steps), bool(rest and steps < config.max_steps)
+    if possible != (config.sft_fraction > 0, config.sft_fraction < 1):
         raise InputError(f"--sft_fraction {config.sft_fraction}: one of the two phases has no examples or no steps")
 
 
@@ -1326,8 +1316,10 @@ def phase_of(step, config):
 def round_of(step, config):
     """(the number of the round that a step belongs to, its first step); round 0 is the cold start."""
     cold, every = cold_steps(config), 0 if config.pairs == "offline" else config.resample_steps
+    if step < cold:
+        return 0, 0
     number = (step - cold) // every if every else 0
-    return (0, 0) if step < cold else (1 + number, cold + number * every)
+    return 1 + number, cold + number * every
 
 
 class Round(NamedTuple):
@@ -1348,7 +1340,7 @@ def restored_round(tensors, pairs):
     """The Round that a checkpoint was saved in; sampled pairs come from its tensors, others are `pairs`."""
     if "ids_N" in tensors:
         parts = iter([ids.tolist() for ids in tensors["ids_N"].split(tensors["lengths_N"].tolist())])
-        pairs = [Pair(prompt, chosen, rejected, 0, tuple(values))
+        pairs = [Pair(prompt, chosen, rejected, values=tuple(values))
                  for prompt, chosen, rejected, values in zip(parts, parts, parts, tensors["values_PC"].tolist())]
     return Round(pairs, tensors["reference_PC"])
 
@@ -1358,10 +1350,9 @@ def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
 
     Where the policy answers every prompt all right or all wrong, the round before goes on; RunError where none is.
     """
-    number, about, (flags, _) = round_of(step, config)[0], {}, phase_of(step, config)
-    if number == 0 or config.pairs == "offline":
-        pairs = data.pairs if number else data.cold
-    else:
+    (number, _), (flags, _) = round_of(step, config), phase_of(step, config)
+    pairs, about = data.pairs if number else data.cold, {}
+    if number and config.pairs != "offline":
         refresh(decoder, policy)
         n = n_open(len(data.problems), step, config)
         picked = rows_of_step(n, min(config.round_prompts, n), number, config.seed)
@@ -1370,9 +1361,10 @@ def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
         if not pairs:
             fault = f"step {step + 1}: of {len(picked)} prompts none gave a pair: " + (
                 "all completions were right" if about["reward"] == 1 else "nowhere was a right one beside a wrong one")
-            if before is None or number == 1:
+            if number == 1:
                 raise RunError(fault)
-            print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
+            if world.rank == 0:
+                print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
             return before, about
     if flags.loss_type in REFERENCE_FREE:
         return Round(pairs, torch.zeros(len(pairs), 2)), about
@@ -1382,10 +1374,10 @@ def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
 
 def pair_batch_loss(policy, batch, pairs, reference_PC, n_pairs, config):
     """The batch's share of the step's loss, and of the numbers logged; n_pairs are those of the whole step."""
-    logps_PC = policy(batch)
+    logps_PC, own = policy(batch), [pairs[i] for i in batch.rows]
     reference_PC = reference_PC[batch.rows].to(logps_PC)
-    lengths_PC, values_PC = (torch.tensor(numbers).to(logps_PC).view(-1, 2) for numbers in (
-        [[len(pairs[i].chosen), len(pairs[i].rejected)] for i in batch.rows], [pairs[i].values for i in batch.rows]))
+    lengths_PC = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in own]).to(logps_PC).view(-1, 2)
+    values_PC = torch.tensor([pair.values for pair in own]).to(logps_PC).view(-1, 2)
     losses_P, rewards_PC = pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config)
     logps_PC = logps_PC.detach()
     numbers = {"logps/chosen": logps_PC[:, 0], "logps/rejected": logps_PC[:, 1]}
@@ -1424,6 +1416,7 @@ def main(config):
     run = begin_run(config, world, resume, args, [data.cold, data.pairs, data.prompts,
                                                   [problem.answer for problem in data.problems]])
 
+    model.to(world.device)  # before it is copied: the copy samples there too
     decoder = make_decoder(model, config)
     policy = distribute_pairs(model, config, world)
     optimizer = make_optimizer(policy, config)
@@ -1446,19 +1439,18 @@ def main(config):
                 if world.rank == 0:
                     show_pair(current.pairs[0], tokenizer)
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
-        sorted_by_level = number == 0 or config.pairs == "offline"
-        n = n_open(len(current.pairs), step, config) if sorted_by_level else len(current.pairs)
+        sampled = number > 0 and config.pairs != "offline"
+        n = len(current.pairs) if sampled else n_open(len(current.pairs), step, config)
         indices = rows_of_step(n, args["rows_per_step"], step - first, config.seed + 1_000_003 * number)
         chosen, reference_PC = [current.pairs[i] for i in indices], current.reference_PC[indices]
-        parts = micro_batches([line_tokens(pair, config.share_prefix) for pair in chosen],
-                              config.per_device_train_batch_size, config.micro_batch_tokens, world)
+        lengths = [line_tokens(pair, config.share_prefix) for pair in chosen]
+        parts = micro_batches(lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
+        batches = [collate_pairs(chosen, part, config.share_prefix, world.device) for part in parts]
 
         def loss_of(policy, batch):
             return pair_batch_loss(policy, batch, chosen, reference_PC, len(chosen), flags)
 
-        numbers, taken = train_step(policy, optimizer,
-                                    [collate_pairs(chosen, part, config.share_prefix, world.device) for part in parts],
-                                    loss_of, since, flags, world)
+        numbers, taken = train_step(policy, optimizer, batches, loss_of, since, flags, world)
         note_step(run, state, taken, indices, config, world)
         numbers = {**state["about"], **numbers, "learning_rate": scheduled_rate(since, flags)}
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
@@ -1466,10 +1458,9 @@ def main(config):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
         log.step(state["step"], numbers, ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen",
                                           "logps/rejected", "logps/chosen_fell", "reward", "eval/accuracy"),
-                 sum(line_tokens(pair, config.share_prefix) for pair in chosen), seconds)
+                 sum(lengths), seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            sampled = number > 0 and config.pairs != "offline"
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
                             current.tensors() if sampled else {"reference_PC": current.reference_PC})
         if stopping and not last:

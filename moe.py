@@ -275,6 +275,9 @@ class Stream(NamedTuple):
         return self.ids[part], self.positions[part]
 
 
+N_SYMBOLS = 64  # of a synthetic language, whose first symbol names it: so there are as many languages
+
+
 def parse_domains(text):
     """{name: weight, or None where none is given}; `synthetic:3` stands for three domains.
 
@@ -284,14 +287,17 @@ def parse_domains(text):
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, weight = part.partition("=")
+        kind, _, count = name.partition(":")
         try:
             weight = float(weight) if weight else None
-            names = [f"synthetic:{i}" for i in range(int(name[10:]))] if name.startswith("synthetic:") else [name]
+            names = [f"synthetic:{i}" for i in range(int(count))] if kind == "synthetic" else [name]
         except ValueError as error:
             raise InputError(f"--domains {part}: a number must follow") from error
+        if len(names) > N_SYMBOLS:
+            raise InputError(f"--domains {part}: there are {N_SYMBOLS} synthetic languages")
         if weight is not None and not 0 < weight < math.inf:
             raise InputError(f"--domains {part}: a weight must be above 0")
-        found.update({name: weight for name in names})
+        found.update(dict.fromkeys(names, weight))
     if not found or (None in found.values() and any(found.values())):
         raise InputError(f"--domains {text}: names one domain at least, and weights for all of them or for none")
     return found
@@ -347,16 +353,15 @@ def synthetic_texts(domain, split, n, config):
 
     The first symbol names the domain. Nobody can do better than 1.1097 nats a symbol. The language depends on --seed.
     """
-    symbols, width = np.array([chr(33 + i) for i in range(64)]), config.max_length
-    rng = np.random.default_rng([config.seed, domain])
-    next_XK = np.array([rng.choice(64, 4, replace=False) for _ in range(64)])
+    rng, width = np.random.default_rng([config.seed, domain]), config.max_length
+    next_XK = np.array([rng.choice(N_SYMBOLS, 4, replace=False) for _ in range(N_SYMBOLS)])
     rng = np.random.default_rng([config.seed, domain, 1 + (split == "train")])
     choices_RT = rng.choice(4, size=(n, width), p=[0.55, 0.25, 0.15, 0.05])
-    found_RT = np.zeros((n, width), dtype=int)
-    found_RT[:, 0], found_RT[:, 1] = domain, rng.integers(64, size=n)
+    found_RT = np.full((n, width), domain)
+    found_RT[:, 1] = rng.integers(N_SYMBOLS, size=n)
     for t in range(2, width):
         found_RT[:, t] = next_XK[found_RT[:, t - 1], choices_RT[:, t]]
-    return ["".join(row) for row in symbols[found_RT]]
+    return ["".join(chr(33 + symbol) for symbol in row) for row in found_RT.tolist()]
 
 
 def make_stream(name, split, n_rows, tokenizer, config):
@@ -383,17 +388,16 @@ def mixture_weights(sizes, mixture, budget, epochs):
     >>> mixture_weights([10, 100, 1000], "unimax", 300, 4).tolist()
     [0.13333333333333333, 0.43333333333333335, 0.43333333333333335]
     """
-    sizes, rows, left = np.array(sizes, dtype=float), np.zeros(len(sizes)), float(budget)
-    if mixture != "unimax":
-        rows = np.ones(len(sizes)) if mixture == "uniform" else sizes
-    for done, i in enumerate(np.argsort(sizes) if mixture == "unimax" else []):
-        rows[i] = min(left / (len(sizes) - done), epochs * sizes[i])
-        left -= rows[i]
+    rows = np.ones(len(sizes)) if mixture == "uniform" else np.array(sizes, dtype=float)
+    if mixture == "unimax":
+        for done, i in enumerate(np.argsort(sizes)):
+            rows[i] = min(budget / (len(sizes) - done), epochs * sizes[i])
+            budget -= rows[i]
     return rows / rows.sum()
 
 
 def plan_rows(sizes, weights, n_rows, seed):
-    """The (domain, row) of each row of the whole run, [n_rows, 2]: a function of the seed, so a resumed run needs none.
+    """The (domain, row) of each row of the whole run, [n_rows, 2]; from the arguments alone, so a resumed run agrees.
 
     Domains are drawn by their weights; each domain's rows come in a new order for every pass.
     """
@@ -478,11 +482,12 @@ class MoE(nn.Module):
         self.register_buffer("bias_E", bias_E, persistent=False)  # Qwen3-MoE has no place for it: saved beside
 
     def forward(self, x_BSD):
-        """The chosen experts' outputs, weighted; (logits_NE, ids_NK) stay in `routed` until they are taken."""
+        """The chosen experts' outputs, weighted; (logits_NE, ids_NK) go to the list in `routed`, where there is one."""
         x_ND = x_BSD.flatten(0, 1)
         logits_NE = self.gate(x_ND)
         ids_NK, weights_NK = choose_experts(logits_NE, self.bias_E, self.k, self.kind, self.normalise)
-        self.routed = logits_NE, ids_NK
+        if self.routed is not None:
+            self.routed.append((logits_NE, ids_NK))
         experts = self.experts
         return moe_experts(x_ND, ids_NK, weights_NK, experts.gate_up_proj, experts.down_proj).view_as(x_BSD)
 
@@ -498,6 +503,11 @@ def install_layers(model, gate):
         if hasattr(layer.mlp, "experts"):
             layer.mlp = MoE(layer.mlp, model.config.num_experts_per_tok, model.config.norm_topk_prob, gate)
     return model
+
+
+def bias_of(model):
+    """A copy of the selection bias of every layer, [L, E]."""
+    return torch.stack([layer.bias_E for layer in moe_layers(model)])
 
 
 def set_bias(model, bias_LE):
@@ -516,11 +526,13 @@ class RoutedPolicy(nn.Module):
     def forward(self, batch):
         """(log-probs of the next tokens logps_BS, 0 where none counts; router's logits_LNE; chosen ids_LNK)."""
         positions_BS = None if batch.positions_BT is None else batch.positions_BT[:, :-1]
+        routed = []
+        for layer in moe_layers(self.model):
+            layer.routed = routed
         hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], position_ids=positions_BS,
                                            use_cache=False).last_hidden_state
-        routed = [layer.routed for layer in moe_layers(self.model)]
         for layer in moe_layers(self.model):
-            layer.routed = None  # or it would keep the graph
+            layer.routed = None  # or what gradient checkpointing computes again would be kept, with its graph
         hidden_CD, targets_C = hidden_BSD.flatten(0, 1)[batch.where_C], batch.ids_BT[:, 1:].flatten()[batch.where_C]
         logps_C, _ = linear_logps(hidden_CD, self.model.get_output_embeddings().weight, targets_C, entropy=False,
                                   softcap=softcap(self.model))
@@ -541,14 +553,13 @@ def new_model(shape, seed):
 def tiny_model(config):
     """The model of the size flags and its character tokenizer."""
     tokenizer = char_tokenizer()
-    head_dim = config.hidden_size // config.num_attention_heads
     shape = Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_attention_heads,
-        head_dim=head_dim, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
-        moe_intermediate_size=config.moe_intermediate_size, norm_topk_prob=config.norm_topk_prob,
-        max_position_embeddings=max(1024, config.max_length), eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)
+        head_dim=config.hidden_size // config.num_attention_heads, num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok, moe_intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob, max_position_embeddings=max(1024, config.max_length),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return new_model(shape, config.seed), tokenizer
 
 
@@ -566,21 +577,19 @@ def upcycle(dense, config):
         "tie_word_embeddings", "attention_bias", "bos_token_id", "eos_token_id", "pad_token_id")}
     model = new_model(Qwen3MoeConfig(**shape, num_experts=config.num_experts, moe_intermediate_size=inner,
                                      num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=True), config.seed)
-    rng = torch.Generator().manual_seed(config.seed)
+    rng, found = torch.Generator().manual_seed(config.seed), dict(dense.named_parameters())
     with torch.no_grad():
-        found = dict(dense.named_parameters())
         for name, parameter in model.named_parameters():
-            if name in found:
+            if name in found:  # all but the experts and the router
                 parameter.copy_(found[name])
-        for experts, mlp in zip((layer.mlp.experts for layer in model.model.layers),
-                                (layer.mlp for layer in dense.model.layers)):
+        for layer, dense_layer in zip(model.model.layers, dense.model.layers):
+            experts, mlp = layer.mlp.experts, dense_layer.mlp
             gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
             experts.gate_up_proj.copy_(torch.cat([gate, up]).expand_as(experts.gate_up_proj))
             experts.down_proj.copy_(down.expand_as(experts.down_proj))
-            for expert in range(config.num_experts):
+            for gate_up, down_proj in zip(experts.gate_up_proj, experts.down_proj):  # of one expert
                 channels = torch.randperm(inner, generator=rng)[: round(config.reinit * inner)]
-                for rows, weight in ((experts.gate_up_proj[expert, :inner], gate),
-                                     (experts.gate_up_proj[expert, inner:], up), (experts.down_proj[expert].T, down)):
+                for rows, weight in ((gate_up[:inner], gate), (gate_up[inner:], up), (down_proj.T, down)):
                     drawn = torch.randn(len(channels), rows.shape[1], generator=rng)
                     rows[channels] = (drawn * weight.std() + weight.mean()).to(rows.dtype)
     model.generation_config.eos_token_id = dense.generation_config.eos_token_id
@@ -595,7 +604,14 @@ def load_start(config, resume):
     elif name == "tiny":
         model, tokenizer = tiny_model(config)
     elif config.from_scratch:
-        model, tokenizer = new_model(AutoConfig.from_pretrained(name), config.seed), AutoTokenizer.from_pretrained(name)
+        try:
+            shape, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--model_name_or_path {name}: its shape cannot be loaded ({reason})") from error
+        model = new_model(shape, config.seed)
+        if config.chat_template == "off":
+            tokenizer.chat_template = None
     else:
         model, tokenizer = load_model(name, chat_template=config.chat_template)
         beside = Path(name) / "router.json"
@@ -803,16 +819,15 @@ class Balance:
 
     def __init__(self, policy, names, config, world):
         self.model, self.names, self.config, self.world = unwrap(policy).model, names, config, world
-        self.layers, self.n_experts = moe_layers(self.model), self.model.config.num_experts
+        self.n_layers, self.n_experts = len(moe_layers(self.model)), self.model.config.num_experts
 
     def begin(self, step, policy, batches, n_tokens):
         """Before an optimizer step: empties the buffers, and counts in advance where the scope wants it."""
         config = self.config
         then, _, since = config.balance_switch.partition("@")
         self.scope = then if then and step >= int(since) else config.balance
-        self.n_tokens = n_tokens
-        self.routing = self.new_routing()
-        self.buffer_L1E = torch.zeros(len(self.layers), 1, self.n_experts, device=self.world.device)
+        self.n_tokens, self.routing = n_tokens, self.new_routing()
+        self.buffer_L1E = torch.zeros(self.n_layers, 1, self.n_experts, device=self.world.device)
         if self.scope in ("exact", "shuffle"):
             with forward_only(policy, config, self.world):
                 ids_LCK = torch.cat([policy(batch)[2][:, batch.where_C] for batch in batches], 1)
@@ -823,10 +838,9 @@ class Balance:
 
     def shuffled(self, ids_LCK, step):
         """This process's share of the choices of the step's tokens, of all processes, in random order."""
-        parts = [ids_LCK.cpu()]
+        parts = [ids_LCK.cpu()] * self.world.size
         if dist.is_initialized():
-            parts = [None] * self.world.size
-            dist.all_gather_object(parts, ids_LCK.cpu())
+            dist.all_gather_object(parts, parts[0])
         first, whole = sum(part.shape[1] for part in parts[: self.world.rank]), torch.cat(parts, 1)
         rng = torch.Generator().manual_seed(hash((self.config.seed, step)))
         order = torch.randperm(whole.shape[1], generator=rng)
@@ -834,12 +848,11 @@ class Balance:
 
     def chosen(self, ids_LNK):
         """1.0 at each expert a token has chosen, else 0.0: [L, N, E]."""
-        L, N, _ = ids_LNK.shape
-        return torch.zeros(L, N, self.n_experts, device=ids_LNK.device).scatter_(-1, ids_LNK, 1.0)
+        return torch.zeros(*ids_LNK.shape[:2], self.n_experts, device=ids_LNK.device).scatter_(-1, ids_LNK, 1.0)
 
     def new_routing(self):
         """An empty Routing for this model and these domains."""
-        return Routing(len(self.layers), len(self.names), self.n_experts, self.world.device)
+        return Routing(self.n_layers, len(self.names), self.n_experts, self.world.device)
 
     def group_counts(self, batch, chosen_LNE, micro_GN):
         """(counts_LGE that f comes from, member_GN: the tokens it is for) in this step's scope."""
@@ -894,9 +907,8 @@ class Balance:
         """After the step: the numbers to log; under `bias`, the bias moves, once and by the counts of all processes."""
         numbers = self.routing.metrics(self.names)
         if self.scope == "bias" and taken:
-            bias_LE = torch.stack([layer.bias_E for layer in self.layers])
-            loads_LE = self.routing.counts_LME.sum(1).float()
-            set_bias(self.model, moved_bias(bias_LE, loads_LE, self.config.bias_rate, self.config.bias_rule))
+            loads_LE, config = self.routing.counts_LME.sum(1).float(), self.config
+            set_bias(self.model, moved_bias(bias_of(self.model), loads_LE, config.bias_rate, config.bias_rule))
         return numbers
 
 
@@ -1291,7 +1303,7 @@ def launch(main, Config):
 
 def evaluate_routing(run, step, policy, balance, streams, config, world):
     """The measures of training on held-out rows of every domain: numbers to log under eval/; counts to experts.json."""
-    picks = [(domain, row) for domain, stream in enumerate(streams) for row in range(min(config.n_eval, len(stream)))]
+    picks = [(domain, row) for domain, stream in enumerate(streams) for row in range(len(stream))]
     parts = micro_batches([len(streams[domain].row(row)[0]) for domain, row in picks],
                           config.per_device_train_batch_size, config.micro_batch_tokens, world)
     routing = balance.new_routing()
@@ -1308,15 +1320,14 @@ def evaluate_routing(run, step, policy, balance, streams, config, world):
 def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
     """Adds to samples.jsonl how the model continues a held-out row of each domain, greedily."""
     refresh(decoder, policy)
-    set_bias(decoder, [layer.bias_E for layer in moe_layers(unwrap(policy).model)])
+    set_bias(decoder, bias_of(unwrap(policy).model))
     if world.rank == 0:
-        prompts = [stream.row(0)[0][: max(1, min(64, len(stream.row(0)[0]) // 2))].tolist() for stream in streams]
+        rows = [stream.row(0)[0].tolist() for stream in streams]
+        prompts = [ids[: max(1, min(64, len(ids) // 2))] for ids in rows]
         rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
         for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
             append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": tokenizer.decode(prompt),
                                                 "completion": text})
-    for layer in moe_layers(decoder):
-        layer.routed = None
     barrier()
 
 
@@ -1342,21 +1353,18 @@ def save_router(run, policy, streams, config, world):
 
     Measured as other programs will run it, with a softmax and no bias, on the first row of each domain.
     """
-    layers = moe_layers(unwrap(policy).model)
-    bias_LE = torch.stack([layer.bias_E for layer in layers])
+    model = unwrap(policy).model
+    bias_LE, logps = bias_of(model), []
     if config.gate == "softmax" and not bias_LE.any():
         return
     batch = collate_rows(streams, [(domain, 0) for domain in range(len(streams))], world.device)
     with forward_only(policy, config, world):
-        whole_BS = policy(batch)[0]
-        for layer in layers:
-            layer.kind = "softmax"
-            layer.bias_E.zero_()
-        plain_BS = policy(batch)[0]
-        for layer, bias_E in zip(layers, bias_LE):
-            layer.kind = config.gate
-            layer.bias_E.copy_(bias_E)
-    change_BS = plain_BS - whole_BS
+        for gate, bias in (("softmax", torch.zeros_like(bias_LE)), (config.gate, bias_LE)):  # the second as it was
+            set_bias(model, bias)
+            for layer in moe_layers(model):
+                layer.kind = gate
+            logps.append(policy(batch)[0])
+    change_BS = logps[0] - logps[1]
     largest, mean = float(change_BS.abs().max()), float(-change_BS.sum() / batch.mask_BS.sum())
     if world.rank == 0:
         write_json(run / "router.json", {"gate": config.gate, "bias_LE": bias_LE.tolist(),
@@ -1399,19 +1407,14 @@ def check_config(config):
 
 def check_micro_batches(config, resume):
     """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
-    scopes = {config.balance, config.balance_switch.partition("@")[0]}
-    if not resume or not scopes & {"micro", "sync", "global"}:
+    scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "bias", "none"}
+    if not resume or not (scopes if config.micro_fraction else scopes - {"sequence", "exact"}):
         return
     before = json.loads((Path(config.output_dir) / "args.json").read_text())["flags"]
     for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if before[name] != getattr(config, name):
             raise InputError(f"--{name} {getattr(config, name)}: the run in --output_dir {config.output_dir} has "
-                             f"{before[name]}, and --balance {config.balance} is counted by micro-batches")
-
-
-def load_streams(split, n_rows, tokenizer, config):
-    """The Stream of every domain."""
-    return [make_stream(name, split, n_rows, tokenizer, config) for name in parse_domains(config.domains)]
+                             f"{before[name]}, and its balance is counted by micro-batches")
 
 
 def main(config):
@@ -1425,8 +1428,9 @@ def main(config):
         return
     check_micro_batches(config, resume)
     model, tokenizer = load_start(config, resume)
-    streams = load_streams("train", config.n_train, tokenizer, config)
-    held_out = load_streams("validation", config.n_eval, tokenizer, config) if config.eval_steps else []
+    streams = [make_stream(name, "train", config.n_train, tokenizer, config) for name in names]
+    held_out = [make_stream(name, "validation", config.n_eval, tokenizer, config)
+                for name in names if config.eval_steps]
     fill_learning_rate(config, model, small=3e-3, large=3e-4)
     n_rows, sizes = args["rows_per_step"], [len(stream) for stream in streams]
     weights = np.array(given) / sum(given) if all(given) else mixture_weights(
@@ -1435,6 +1439,7 @@ def main(config):
     run = begin_run(config, world, resume, args, [plan[:n_rows].tolist(), *(
         [stream.name, hashlib.sha256(stream.ids.tobytes()).hexdigest()] for stream in streams + held_out)])
 
+    model.to(world.device)  # before it is copied: the copy samples there too
     decoder = make_decoder(model, config) if held_out else None
     policy = distribute_routed(model, config, world)
     optimizer = make_optimizer(policy, config)
@@ -1472,14 +1477,14 @@ def main(config):
                  n_tokens, seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            tensors = {"bias_LE": torch.stack([layer.bias_E for layer in balance.layers]).cpu()}
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors)
+            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
+                            {"bias_LE": bias_of(unwrap(policy).model).cpu()})
         if stopping and not last:
             sys.exit(128 + stopping)
     save_router(run, policy, held_out or streams, config, world)
     if held_out and world.rank == 0:
         experts = json.loads((run / "experts.json").read_text())
-        labels = [f"layer {layer}" for layer in range(len(balance.layers))]
+        labels = [f"layer {layer}" for layer in range(balance.n_layers)]
         draw_experts(np.array(experts["counts_LME"]), experts["domains"], labels, run / "experts.png")
     end_run(run, policy, tokenizer, world)
 

@@ -203,6 +203,12 @@ def test_only_completions_meet_the_head_and_a_shared_prompt_is_computed_once():
     assert shared.mask_B1SS[0, 0, 12].tolist() == [True] * 10 + [False, False, True]
 
 
+def test_a_pair_costs_as_many_tokens_as_its_forward_holds():
+    for pair in [*uneven_pairs(), Pair([5] * 3, [6, 7, 1], []), Pair([5], [1], [])]:  # the last two: of a cold start
+        for share in (True, False):
+            assert line_tokens(pair, share) == collate_pairs([pair], [0], share, ALONE.device).ids_BS.numel()
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_gradient_depends_neither_on_micro_batches_nor_on_sharing_the_prefix(tiny, loss_type):
     model, _ = tiny
@@ -324,6 +330,7 @@ def test_a_prompt_column_beside_whole_conversations_is_not_doubled():
     ({"prompt": "1", "chosen": "2", "rejected": 3}, "rejected must be text"),
     ({"prompt": "1", "chosen": "2", "rejected": CHAT[1:2]}, "both be text or both be messages"),
     ({"chosen": CHAT[:2], "rejected": CHAT[1:2]}, "one conversation"),
+    ({"chosen": CHAT[1:2], "rejected": [{"role": "assistant", "content": "3"}]}, "one conversation of two messages"),
     ({"chosen": CHAT[:1], "rejected": CHAT[2:]}, "one conversation"),
     ({"chosen": "ab", "rejected": "cd"}, "prompt is empty"),
 ])
@@ -375,10 +382,10 @@ def test_the_first_wrong_step_is_found_by_halving():
     judge = Judge(tokenizer, {"": [("a;b;c;d;e#5", True), ("a;b;c;X;e#9", False)],
                               "a;b;": [("c;d;e#5", True), ("c;d;e#6", False)], "a;b;c;": [("d;e#5", True)] * 2,
                               "a;b;c;X;": [("e#9", False)] * 2, "a;b;c;d;": [("e#5", True), ("e#7", False)]})
-    problem, groups = load_problems("chain", n=1)[0], judge([0], [[]])
+    groups = judge([0], [[]])
     searches = dpo.find_first_wrong_steps(groups, tokenizer, judge, config_for("sigmoid"))
     assert [(s.low, s.high) for s in searches] == [(3, 4)] and judge.asked == ["", "a;b;", "a;b;c;", "a;b;c;X;"]
-    pairs = dpo.step_pairs(groups, [problem], [[50, 51]], tokenizer, judge, config_for("step_apo"))
+    pairs = dpo.step_pairs(groups, [[50, 51]], tokenizer, judge, config_for("step_apo"))
     (pair,) = pairs
     assert tokenizer.decode(pair.prompt[2:]) == "".join(steps[:3]) and pair.prompt[:2] == [50, 51]
     assert tokenizer.decode(pair.chosen) == "d;" and tokenizer.decode(pair.rejected) == "X;"
@@ -389,7 +396,7 @@ def test_a_wrong_last_step_is_paired_with_its_end_token_and_needs_no_measuring()
     tokenizer = char_tokenizer()
     judge = Judge(tokenizer, {"": [("a;b#2", True), ("a;b#3", False)], "a;": [("b#2", True), ("b#4", False)]})
     groups = judge([0], [[]])
-    (pair,) = dpo.step_pairs(groups, load_problems("chain", n=1), [[50]], tokenizer, judge, config_for("step_apo"))
+    (pair,) = dpo.step_pairs(groups, [[50]], tokenizer, judge, config_for("step_apo"))
     assert [tokenizer.decode(ids) for ids in pair[:3]] == [tokenizer.decode([50]) + "a;", "b#2<eos>", "b#3<eos>"]
     assert pair.values == (1.0, 0.0) and judge.asked == ["", "a;"]
 
@@ -398,26 +405,26 @@ def test_no_pair_where_all_are_right_or_none_is_and_no_step_against_itself():
     tokenizer = char_tokenizer()
     judge = Judge(tokenizer, {"": [("a;b#2", True)] * 2, "a;": [("b#3", False)] * 2})
     right, wrong = judge([0], [[]]), [[dpo.Attempt([9, 1], False)] * 3]
-    problems, config = load_problems("chain", n=1), config_for("sigmoid")
+    config = config_for("sigmoid")
     for groups in (right, wrong):
-        assert dpo.answer_pairs(groups, problems, [[5]], 1, config) == []
-        assert dpo.step_pairs(groups, problems, [[5]], tokenizer, judge, config) == []
+        assert dpo.answer_pairs(groups, [[5]], 1, config) == []
+        assert dpo.step_pairs(groups, [[5]], tokenizer, judge, config) == []
     unlucky = Judge(tokenizer, {"": [("a;b#2", True), ("a;b#3", False)], "a;": [("b#3", False)] * 2})
-    assert dpo.step_pairs(unlucky([0], [[]]), problems, [[5]], tokenizer, unlucky, config) == []  # "a;" is not wrong
+    assert dpo.step_pairs(unlucky([0], [[]]), [[5]], tokenizer, unlucky, config) == []  # "a;" is not wrong
 
 
 def test_answer_pairs_are_right_against_wrong_and_distinct():
     group = [dpo.Attempt([n, 1], n < 3) for n in (0, 1, 2, 2, 3, 4, 4, 5)]
-    problems, config = load_problems("chain", n=2), config_for("sigmoid", pairs_per_prompt=7)
-    pairs = dpo.answer_pairs([group, group], problems, [[7], [8]], 1, config)
+    config = config_for("sigmoid", pairs_per_prompt=7)
+    pairs = dpo.answer_pairs([group, group], [[7], [8]], 1, config)
     assert [pair.prompt for pair in pairs] == [[7]] * 7 + [[8]] * 7
     for pair in pairs:
         assert pair.chosen[0] < 3 <= pair.rejected[0]
     assert len({(*pair.chosen, *pair.rejected) for pair in pairs[:7]}) == 7
-    assert pairs == dpo.answer_pairs([group, group], problems, [[7], [8]], 1, config)
-    assert pairs != dpo.answer_pairs([group, group], problems, [[7], [8]], 2, config)
+    assert pairs == dpo.answer_pairs([group, group], [[7], [8]], 1, config)
+    assert pairs != dpo.answer_pairs([group, group], [[7], [8]], 2, config)
     config.pairs_per_prompt = 100
-    assert len(dpo.answer_pairs([group], problems, [[7]], 1, config)) == 9  # 3 right x 3 wrong
+    assert len(dpo.answer_pairs([group], [[7]], 1, config)) == 9  # 3 right x 3 wrong
 
 
 def test_steps_end_with_the_separator_and_tokens_are_never_cut():
@@ -605,6 +612,33 @@ def test_where_later_rounds_give_no_pair_the_last_ones_go_on(tiny_model, tmp_pat
                                  resample_steps=2, max_completion_length=20)))
     assert len(seen) == 2 and "warning, step 3" in capsys.readouterr().err
     assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_round_without_pairs_is_told_by_one_process_only(monkeypatch, capsys):
+    before, config = dpo.Round([], torch.zeros(0, 2)), config_for("sigmoid", resample_steps=2)
+    config.pairs = "on_policy"
+    monkeypatch.setattr(dpo, "refresh", lambda decoder, policy: None)
+    monkeypatch.setattr(dpo, "sample_pairs", lambda *args: ([], {"reward": 0.0}))
+    data = dpo.Data([], [], ["a problem"], [[5]])
+    for rank in (0, 1):
+        world = World(rank, 2, ALONE.device)
+        assert dpo.begin_round(data, before, 2, None, None, None, config, world) == (before, {"reward": 0.0})
+    assert capsys.readouterr().err.count("warning, step 3") == 1
+
+
+class Made(Exception):
+    """A decoder was made: the test has seen what it wanted."""
+
+
+def test_the_model_that_samples_is_copied_from_where_training_is(tiny_model, tmp_path, monkeypatch):
+    """A copy made before the move would sample on the CPU beside an idle GPU; `meta` stands in for the GPU."""
+    def make_decoder(model, *args):
+        raise Made(model.device.type)
+
+    monkeypatch.setattr(dpo, "start_world", lambda config: World(0, 1, torch.device("meta")))
+    monkeypatch.setattr(dpo, "make_decoder", make_decoder)
+    with pytest.raises(Made, match="meta"):
+        dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"))))
 
 
 def test_label_smoothing_half_teaches_nothing(tiny_model, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,15 +20,8 @@ from moe import Balance, Config, Stream, World, balance_loss, choose_experts, co
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
-SMALL = dict(
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_experts=6,
-    num_experts_per_tok=2,
-    moe_intermediate_size=12,
-    max_length=16,
-)
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_experts=6, num_experts_per_tok=2,
+             moe_intermediate_size=12, max_length=16)
 SCOPES = ("micro", "sequence", "sync", "global", "exact", "shuffle", "bias", "none")
 
 
@@ -47,14 +41,8 @@ def ragged_streams():
     for name, lengths in (("a", [5, 16, 9, 2, 30, 7]), ("b", [3, 40, 11, 9])):
         positions = np.concatenate([np.arange(n) for n in lengths])
         offset = np.arange(len(positions)) % 16
-        streams.append(
-            Stream(
-                name,
-                rng.integers(4, 90, len(positions)).astype(np.int32),
-                np.minimum(positions, offset).astype(np.int32),
-                16,
-            )
-        )
+        streams.append(Stream(name, rng.integers(4, 90, len(positions)).astype(np.int32),
+                              np.minimum(positions, offset).astype(np.int32), 16))
     return streams
 
 
@@ -64,19 +52,8 @@ PICKS = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 4), (1, 3), (0, 2), (1, 2)]
 def step_of(policy, world, accumulation, **flags):
     """One step of plain gradient descent at rate 1 over PICKS by the script's own path: (numbers, weights' changes)."""
     streams = ragged_streams()
-    config = Config(
-        **{
-            **SMALL,
-            "balance_coef": 0.5,
-            "z_loss_coef": 0.1,
-            "max_grad_norm": 0.0,
-            "learning_rate": 1.0,
-            "warmup_steps": 0,
-            "lr_scheduler_type": "constant",
-            "bf16": False,
-            **flags,
-        }
-    )
+    config = Config(**{**SMALL, "balance_coef": 0.5, "z_loss_coef": 0.1, "max_grad_norm": 0.0, "learning_rate": 1.0,
+                       "warmup_steps": 0, "lr_scheduler_type": "constant", "bf16": False, **flags})
     lengths = [len(streams[d].row(r)[0]) for d, r in PICKS]
     n_tokens = sum(int((streams[d].row(r)[1][1:] > 0).sum()) for d, r in PICKS)
     rows = len(PICKS) // (accumulation * world.size)
@@ -86,9 +63,8 @@ def step_of(policy, world, accumulation, **flags):
     balance = Balance(policy, ["a", "b"], config, world)
     before = {name: p.detach().clone() for name, p in moe.unwrap(policy).named_parameters()}
     balance.begin(0, policy, batches, n_tokens)
-    numbers, taken = moe.train_step(
-        policy, torch.optim.SGD(policy.parameters(), lr=1.0), batches, balance.loss_of, 0, config, world
-    )
+    numbers, taken = moe.train_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batches, balance.loss_of, 0,
+                                    config, world)
     numbers |= balance.end(taken)
     assert taken
     return numbers, {name: p.detach() - before[name] for name, p in moe.unwrap(policy).named_parameters()}
@@ -128,9 +104,8 @@ def test_the_loss_is_the_formula_and_its_gradient_too():
     probs_LNE, member_1N = logits_LNE.softmax(-1), mask_N[None].double()
     counts_L1E = (member_1N @ chosen(ids_LNK, E)).requires_grad_()
     loss_L = balance_loss(member_1N @ probs_LNE, counts_L1E, len(tokens))
-    assert loss_L.tolist() == pytest.approx(
-        [float(lbl_by_hand(p, i, tokens)) for p, i in zip(probs_LNE, ids_LNK)], abs=1e-12
-    )
+    assert loss_L.tolist() == pytest.approx([float(lbl_by_hand(p, i, tokens)) for p, i in zip(probs_LNE, ids_LNK)],
+                                            abs=1e-12)
     loss_L.sum().backward()
     f_L1E = counts_L1E.detach() / counts_L1E.detach().sum(-1, keepdim=True)
     inner = (probs_LNE * f_L1E).sum(-1, keepdim=True)
@@ -229,12 +204,8 @@ def by_hand(scope, parts, model):
             if scope == "sequence":
                 groups = [[t for t in tokens if document[t] == d] for d in sorted({document[t] for t in tokens})]
             for group in groups:
-                source = {
-                    "micro": ids[group],
-                    "sequence": ids[group],
-                    "global": torch.cat(ids_so_far),
-                    "exact": everything,
-                }[scope]
+                source = {"micro": ids[group], "sequence": ids[group], "global": torch.cat(ids_so_far),
+                          "exact": everything}[scope]
                 f = torch.bincount(source.flatten(), minlength=6).double() / source.numel()
                 total += len(group) / n_tokens * 6 * float(f @ probs[group].mean(0))
     return total / len(moe.moe_layers(model))
@@ -349,7 +320,7 @@ def test_bias_follows_the_steps_counts_and_no_gradient():
     model = small_model("sigmoid")
     policy = moe.RoutedPolicy(model)
     step_of(policy, ALONE, 2, balance="bias", gate="sigmoid", bias_rate=0.01)
-    bias_LE = torch.stack([layer.bias_E for layer in moe.moe_layers(model)])
+    bias_LE = moe.bias_of(model)
     assert bias_LE.dtype == torch.float32 and not bias_LE.requires_grad
     assert not any("bias" in name for name, _ in model.named_parameters()) and not any(
         "bias" in n for n in model.state_dict()
@@ -359,7 +330,7 @@ def test_bias_follows_the_steps_counts_and_no_gradient():
     balance = Balance(policy, ["a"], Config(**SMALL, balance="bias"), ALONE)
     balance.begin(0, policy, [], 1)
     balance.end(False)  # a step that was not taken moves nothing
-    assert torch.equal(before, torch.stack([layer.bias_E for layer in moe.moe_layers(model)]))
+    assert torch.equal(before, moe.bias_of(model))
 
 
 def test_switching_the_scope():
@@ -388,11 +359,10 @@ def test_padding_and_the_ends_of_documents_are_not_counted():
         balance.measure(policy, batch, routing)
         found.append(routing)
     assert torch.equal(found[0].counts_LME[:, 0], found[1].counts_LME[:, 0]) and found[0].counts_LME.sum() > 0
-    for batch, streams_rows in ((padded, [(0, 4), (1, 0)]),):
-        for b, (domain, row) in enumerate(streams_rows):
-            positions = streams[domain].row(row)[1]
-            wanted = [bool(positions[s + 1] == positions[s] + 1) for s in range(len(positions) - 1)]
-            assert batch.mask_BS[b].tolist() == wanted + [False] * (batch.mask_BS.shape[1] - len(wanted))
+    for b, (domain, row) in enumerate([(0, 4), (1, 0)]):
+        positions = streams[domain].row(row)[1]
+        wanted = [bool(positions[s + 1] == positions[s] + 1) for s in range(len(positions) - 1)]
+        assert padded.mask_BS[b].tolist() == wanted + [False] * (padded.mask_BS.shape[1] - len(wanted))
     nothing = collate_rows(streams, [], CPU)
     assert not nothing.mask_BS.any() and len(nothing.where_C) == 0
 
@@ -425,11 +395,9 @@ def test_measures_are_what_they_say():
     assert moe.max_violation(counts_LME.sum(1)).tolist() == [1.0, 0.0]
     policy = moe.RoutedPolicy(small_model())
     numbers, _ = step_of(policy, ALONE, 1)
-    routed = []
-    for layer in moe.moe_layers(policy.model):
-        assert layer.routed is None  # no graph is kept
+    assert all(layer.routed is None for layer in moe.moe_layers(policy.model))  # no graph is kept
     assert {"nll/a", "nll/b", "top_k_sum", "dead_experts", "time/rank_load", "max_violation_micro"} <= set(numbers)
-    assert 2 / 6 < numbers["top_k_sum"] <= 1 and routed == []
+    assert 2 / 6 < numbers["top_k_sum"] <= 1
 
 
 def test_counts_stay_exact_in_bfloat16():
@@ -450,15 +418,8 @@ def test_counts_stay_exact_in_bfloat16():
 
 
 def test_layers_are_transformers_own_after_saving_odd_sizes(tmp_path):
-    model = small_model(
-        dtype=torch.float32,
-        hidden_size=20,
-        num_attention_heads=1,
-        num_experts=7,
-        num_experts_per_tok=3,
-        moe_intermediate_size=11,
-        norm_topk_prob=False,
-    )
+    model = small_model(dtype=torch.float32, hidden_size=20, num_attention_heads=1, num_experts=7,
+                        num_experts_per_tok=3, moe_intermediate_size=11, norm_topk_prob=False)
     model.save_pretrained(tmp_path)
     char_tokenizer().save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
@@ -470,18 +431,8 @@ def test_layers_are_transformers_own_after_saving_odd_sizes(tmp_path):
 
 
 def dense_model(**changes):
-    shape = dict(
-        vocab_size=99,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        eos_token_id=1,
-        pad_token_id=0,
-        **changes,
-    )
+    shape = dict(vocab_size=99, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=8, eos_token_id=1, pad_token_id=0, **changes)
     torch.manual_seed(0)
     return Qwen3ForCausalLM(Qwen3Config(**shape))
 
@@ -500,9 +451,8 @@ def test_upcycled_equals_dense(tied):
         assert int(kept.sum()) == 10
         assert torch.equal(kept, (half.gate_up_proj[expert, 20:] == old.up_proj.weight).all(1))
         assert torch.equal(kept, (half.down_proj[expert] == old.down_proj.weight).all(0))
-        assert float(half.gate_up_proj[expert, :20][~kept].std()) == pytest.approx(
-            float(old.gate_proj.weight.std()), rel=0.2
-        )
+        assert float(half.gate_up_proj[expert, :20][~kept].std()) == pytest.approx(float(old.gate_proj.weight.std()),
+                                                                                   rel=0.2)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -511,6 +461,7 @@ def test_gradient_checkpointing_changes_nothing():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     numbers, changes = step_of(moe.RoutedPolicy(model), ALONE, 2)
     assert same(changes, wanted) and numbers == pytest.approx(plain)
+    assert all(layer.routed is None for layer in moe.moe_layers(model))  # or the graph of what was recomputed stays
 
 
 # --- data ---
@@ -518,7 +469,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_domains_and_weights():
     assert moe.parse_domains("a.txt=1.5, b=2") == {"a.txt": 1.5, "b": 2.0}
-    for wrong in ("", "a=x", "a=1,b", "a=-1", "synthetic:x", "a=nan"):
+    assert len(moe.parse_domains("synthetic:64")) == 64
+    for wrong in ("", "a=x", "a=1,b", "a=-1", "synthetic:x", "a=nan", "synthetic", "synthetic:65"):
         with pytest.raises(InputError, match="--domains"):
             moe.parse_domains(wrong)
     assert moe.mixture_weights([10, 30], "uniform", 100, 1).tolist() == [0.5, 0.5]
@@ -584,18 +536,8 @@ def test_synthetic_languages_differ_and_follow_their_rule():
 
 # --- runs ---
 
-TINY_RUN = {
-    **SMALL,
-    "domains": "chain,synthetic:2",
-    "max_length": 32,
-    "n_train": 20,
-    "n_eval": 2,
-    "max_steps": 6,
-    "per_device_train_batch_size": 8,
-    "eval_steps": 3,
-    "max_completion_length": 4,
-    "save_steps": 0,
-}
+TINY_RUN = {**SMALL, "domains": "chain,synthetic:2", "max_length": 32, "n_train": 20, "n_eval": 2, "max_steps": 6,
+            "per_device_train_batch_size": 8, "eval_steps": 3, "max_completion_length": 4, "save_steps": 0}
 
 
 @pytest.fixture
@@ -623,22 +565,12 @@ def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, monkeypatch, 
     assert (run / "experts.png").stat().st_size > 0 and not (run / "router.json").exists()
     assert len((run / "samples.jsonl").read_text().splitlines()) == 3 * 10
     model, tokenizer = load_model(str(run))
-    found = ground.evaluate(
-        model, tokenizer, ground.load_problems("chain", "test", 4), max_new_tokens=4, temperature=0.0
-    )
+    found = ground.evaluate(model, tokenizer, ground.load_problems("chain", "test", 4), max_new_tokens=4,
+                            temperature=0.0)
     assert 0 <= found["accuracy"] <= 1
     monkeypatch.setattr(sft, "plot_runs", moe.plot_runs)
-    sft.main(
-        sft.Config(
-            model_name_or_path=str(run),
-            output_dir=str(tmp_path / "sft"),
-            max_steps=1,
-            n_train=8,
-            per_device_train_batch_size=4,
-            eval_steps=0,
-            save_steps=0,
-        )
-    )
+    sft.main(sft.Config(model_name_or_path=str(run), output_dir=str(tmp_path / "sft"), max_steps=1, n_train=8,
+                        per_device_train_batch_size=4, eval_steps=0, save_steps=0))
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
 
@@ -652,7 +584,7 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
         and "router.json" in capsys.readouterr().out
     )
     model, tokenizer = moe.load_start(Config(model_name_or_path=str(run), gate="sigmoid"), None)
-    assert torch.stack([layer.bias_E for layer in moe.moe_layers(model)]).tolist() == router["bias_LE"]
+    assert moe.bias_of(model).tolist() == router["bias_LE"]
     streams = [
         moe.make_stream(name, "validation", 2, tokenizer, Config(**TINY_RUN))
         for name in ("chain", "synthetic:0", "synthetic:1")
@@ -661,9 +593,8 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
     whole = moe.RoutedPolicy(model)(batch)[0]
     plain = moe.RoutedPolicy(moe.install_layers(load_model(str(run))[0], "softmax"))(batch)[0]
     assert float((plain - whole).abs().max()) == pytest.approx(router["without/logp_difference"], rel=1e-4)
-    assert float((whole - plain).sum() / batch.mask_BS.sum()) == pytest.approx(
-        router["without/nll_difference"], abs=1e-5
-    )
+    assert float((whole - plain).sum() / batch.mask_BS.sum()) == pytest.approx(router["without/nll_difference"],
+                                                                               abs=1e-5)
     with pytest.raises(InputError, match="--gate softmax"):
         moe.load_start(Config(model_name_or_path=str(run)), None)
 
@@ -677,30 +608,29 @@ def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
     assert model.config.num_experts == 6 and model.config.hidden_size == 24
     with pytest.raises(InputError, match="--upcycle"):
         moe.load_start(Config(upcycle=str(tmp_path / "up")), None)
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "up")
+    for template in ("auto", "off"):
+        flags = Config(model_name_or_path=str(tmp_path / "up"), from_scratch=True, chat_template=template)
+        assert (moe.load_start(flags, None)[1].chat_template is None) == (template == "off")
+    with pytest.raises(InputError, match="^--model_name_or_path no/such/model: [^\n]*$"):
+        moe.load_start(Config(model_name_or_path="no/such/model", from_scratch=True), None)
     with pytest.raises(InputError, match="not a Qwen3-MoE"):
         moe.load_start(Config(model_name_or_path=str(tmp_path / "dense")), None)
 
 
 @pytest.mark.parametrize(
     "flags, named",
-    [
-        (dict(balance="all"), "--balance all"),
-        (dict(gate="relu"), "--gate relu"),
-        (dict(mixture="mine"), "--mixture mine"),
-        (dict(bias_rule="up"), "--bias_rule up"),
-        (dict(num_experts_per_tok=9, num_experts=8), "--num_experts_per_tok 9"),
-        (dict(num_experts_per_tok=1), "--num_experts_per_tok 1"),
-        (dict(hidden_size=90), "--hidden_size 90"),
-        (dict(balance_switch="micro"), "--balance_switch micro"),
-        (dict(balance_coef=-1.0), "--balance_coef -1.0"),
-        (dict(domains="nowhere.jsonl"), "nowhere.jsonl"),
-        (dict(domains="chain=0"), "--domains chain=0"),
-        (dict(from_scratch=True), "--from_scratch"),
-        (dict(upcycle="tiny", norm_topk_prob=False), "--upcycle"),
-        (dict(model_name_or_path="no/such/model"), "--model_name_or_path no/such/model"),
-        (dict(max_length=1), "--max_length 1"),
-        (dict(balance_coef=float("nan")), "--balance_coef nan"),
-    ],
+    [(dict(balance="all"), "--balance all"), (dict(gate="relu"), "--gate relu"),
+     (dict(mixture="mine"), "--mixture mine"), (dict(bias_rule="up"), "--bias_rule up"),
+     (dict(num_experts_per_tok=9, num_experts=8), "--num_experts_per_tok 9"),
+     (dict(num_experts_per_tok=1), "--num_experts_per_tok 1"), (dict(hidden_size=90), "--hidden_size 90"),
+     (dict(balance_switch="micro"), "--balance_switch micro"), (dict(balance_coef=-1.0), "--balance_coef -1.0"),
+     (dict(domains="nowhere.jsonl"), "nowhere.jsonl"), (dict(domains="chain=0"), "--domains chain=0"),
+     (dict(from_scratch=True), "--from_scratch"), (dict(upcycle="tiny", norm_topk_prob=False), "--upcycle"),
+     (dict(model_name_or_path="no/such/model"), "--model_name_or_path no/such/model"),
+     (dict(max_length=1), "--max_length 1"), (dict(balance_coef=float("nan")), "--balance_coef nan")],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
     with pytest.raises(InputError) as caught:
@@ -709,15 +639,33 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("scope, refused", [("global", True), ("micro", True), ("sync", True), ("exact", False), ("bias", False)])
-def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, scope, refused):
-    first = Config(output_dir=str(tmp_path), balance=scope, micro_batch_tokens=512)
+@pytest.mark.parametrize("flags, refused", [
+    (dict(balance="global"), True), (dict(balance="micro"), True), (dict(balance="sync"), True),
+    (dict(balance="shuffle"), True), (dict(balance="exact"), False), (dict(balance="bias"), False),
+    (dict(balance="exact", micro_fraction=0.01), True), (dict(balance="bias", micro_fraction=0.01), False),
+    (dict(balance="none", balance_switch="micro@5"), True),
+])
+def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, flags, refused):
+    first = Config(output_dir=str(tmp_path), micro_batch_tokens=512, **flags)
     (tmp_path / "args.json").write_text(json.dumps({"flags": vars(first)}))
     moe.check_micro_batches(first, tmp_path / "checkpoints" / "step_1")
-    other = Config(output_dir=str(tmp_path), balance=scope, micro_batch_tokens=256)
+    other = Config(output_dir=str(tmp_path), micro_batch_tokens=256, **flags)
     moe.check_micro_batches(other, None)
-    if refused:
-        with pytest.raises(InputError, match="--micro_batch_tokens 256: .* has 512"):
-            moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")
-    else:
+    with pytest.raises(InputError, match="--micro_batch_tokens 256: .* has 512") if refused else nullcontext():
         moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")
+
+
+class Made(Exception):
+    """A decoder was made: the test has seen what it wanted."""
+
+
+def test_the_model_that_samples_is_copied_from_where_training_is(tmp_path, monkeypatch):
+    """A copy made before the move would sample on the CPU beside an idle GPU; `meta` stands in for the GPU."""
+
+    def make_decoder(model, *args):
+        raise Made(model.device.type)
+
+    monkeypatch.setattr(moe, "start_world", lambda config: World(0, 1, torch.device("meta")))
+    monkeypatch.setattr(moe, "make_decoder", make_decoder)
+    with pytest.raises(Made, match="meta"):
+        moe.main(Config(**TINY_RUN, output_dir=str(tmp_path / "run")))

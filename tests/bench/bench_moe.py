@@ -34,35 +34,14 @@ import moe  # noqa: E402
 import sft  # noqa: E402
 
 CASES = {
-    "16 experts, 2 chosen": dict(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_experts=16,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        rows=8,
-        length=256,
-    ),
-    "64 experts, 8 chosen": dict(
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_experts=64,
-        num_experts_per_tok=8,
-        moe_intermediate_size=64,
-        rows=4,
-        length=256,
-    ),
+    "16 experts, 2 chosen": dict(hidden_size=128, num_hidden_layers=3, num_experts=16, num_experts_per_tok=2,
+                                 moe_intermediate_size=128, rows=8, length=256),
+    "64 experts, 8 chosen": dict(hidden_size=256, num_hidden_layers=2, num_experts=64, num_experts_per_tok=8,
+                                 moe_intermediate_size=64, rows=4, length=256),
 }
 GPU_CASES = {
-    "64 experts, 8 chosen": dict(
-        hidden_size=1024,
-        num_hidden_layers=8,
-        num_experts=64,
-        num_experts_per_tok=8,
-        moe_intermediate_size=512,
-        rows=16,
-        length=1024,
-    ),
+    "64 experts, 8 chosen": dict(hidden_size=1024, num_hidden_layers=8, num_experts=64, num_experts_per_tok=8,
+                                 moe_intermediate_size=512, rows=16, length=1024),
 }
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 VOCABULARY = 512
@@ -70,30 +49,16 @@ VOCABULARY = 512
 
 def shared_shape(case):
     """What the MoE and the dense model have in common."""
-    return dict(
-        vocab_size=VOCABULARY,
-        hidden_size=case["hidden_size"],
-        num_hidden_layers=case["num_hidden_layers"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=case["hidden_size"] // 4,
-        eos_token_id=1,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
+    return dict(vocab_size=VOCABULARY, hidden_size=case["hidden_size"], num_hidden_layers=case["num_hidden_layers"],
+                num_attention_heads=4, num_key_value_heads=2, head_dim=case["hidden_size"] // 4, eos_token_id=1,
+                max_position_embeddings=2048, tie_word_embeddings=False)
 
 
 def moe_model(case, implementation):
     """The same random weights for every line."""
-    shape = Qwen3MoeConfig(
-        **shared_shape(case),
-        num_experts=case["num_experts"],
-        norm_topk_prob=True,
-        num_experts_per_tok=case["num_experts_per_tok"],
-        output_router_logits=True,
-        moe_intermediate_size=case["moe_intermediate_size"],
-        router_aux_loss_coef=0.01,
-    )
+    shape = Qwen3MoeConfig(**shared_shape(case), num_experts=case["num_experts"], norm_topk_prob=True,
+                           num_experts_per_tok=case["num_experts_per_tok"], output_router_logits=True,
+                           moe_intermediate_size=case["moe_intermediate_size"], router_aux_loss_coef=0.01)
     shape._experts_implementation = implementation
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(shape)
@@ -184,23 +149,15 @@ def measure(case, rounds, device):
             costs[name].append(cost(lines[name], device)[0])
     tokens = ids_BT.numel()
     found = {
-        name: {
-            "s_per_step": statistics.median(c),
-            "tokens_per_s": tokens / statistics.median(c),
-            "first_loss": warm_up[name][1],
-            "warm_up_only": name in slow,
-        }
+        name: {"s_per_step": statistics.median(c), "tokens_per_s": tokens / statistics.median(c),
+               "first_loss": warm_up[name][1], "warm_up_only": name in slow}
         for name, c in costs.items()
     }
     best = max((name for name in found if name.startswith("transformers")), key=lambda n: found[n]["tokens_per_s"])
     ratios = [a / b for a, b in zip(costs[best], costs["ours"])]
-    return {
-        "tokens": tokens,
-        "lines": found,
-        "best": best,
-        "ours_faster_by": [min(ratios), statistics.median(ratios), max(ratios)],
-        "ours_to_dense": found["ours"]["tokens_per_s"] / found["dense"]["tokens_per_s"],
-    }
+    return {"tokens": tokens, "lines": found, "best": best,
+            "ours_faster_by": [min(ratios), statistics.median(ratios), max(ratios)],
+            "ours_to_dense": found["ours"]["tokens_per_s"] / found["dense"]["tokens_per_s"]}
 
 
 def two_processes(steps=20):
@@ -209,39 +166,12 @@ def two_processes(steps=20):
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 2):
             out = Path(folder) / str(n)
-            flags = [
-                "--output_dir",
-                str(out),
-                "--max_steps",
-                str(steps),
-                "--per_device_train_batch_size",
-                str(4 // n),
-                "--gradient_accumulation_steps",
-                "4",
-                "--balance_rows",
-                "1",
-                "--n_train",
-                "200",
-                "--balance",
-                "exact",
-                "--save_steps",
-                "0",
-                "--eval_steps",
-                str(steps),
-                "--n_eval",
-                "8",
-            ]
+            flags = ["--output_dir", str(out), "--max_steps", str(steps), "--per_device_train_batch_size", str(4 // n),
+                     "--gradient_accumulation_steps", "4", "--balance_rows", "1", "--n_train", "200", "--balance",
+                     "exact", "--save_steps", "0", "--eval_steps", str(steps), "--n_eval", "8"]
             subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nproc-per-node",
-                    str(n),
-                    "--standalone",
-                    str(root / "moe.py"),
-                    *flags,
-                ],
+                [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone",
+                 str(root / "moe.py"), *flags],
                 check=True,
                 capture_output=True,
             )
@@ -278,14 +208,9 @@ def main():
     cases = GPU_CASES if device.type == "cuda" else CASES
     path = HERE / "results" / ("moe_gpu.json" if device.type == "cuda" else "moe.json")
     results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    results |= {
-        "date": str(date.today()),
-        "threads": 1,
-        "rounds": options.rounds,
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "transformers": transformers.__version__,
-    }
+    results |= {"date": str(date.today()), "threads": 1, "rounds": options.rounds, "torch": torch.__version__,
+                "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+                "transformers": transformers.__version__}
     for part, (name, case) in enumerate(cases.items()):
         if options.part in (None, part):
             results["cases"][name] = measure(case, options.rounds, device)

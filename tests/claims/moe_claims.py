@@ -41,13 +41,9 @@ def training(flags):
 def measures(folder):
     """The last evaluation on held-out rows; of each figure more is better, but for the load within one row."""
     line = read_lines(folder)[-1]
-    return {
-        "-nll": -line["eval/nll"],
-        "mutual information": line["eval/mutual_information"],
-        "-violation": -line["eval/max_violation"],
-        "-violation, a row": -line["eval/max_violation_micro"],
-        "top-k sum": line["eval/top_k_sum"],
-    }
+    return {"-nll": -line["eval/nll"], "mutual information": line["eval/mutual_information"],
+            "-violation": -line["eval/max_violation"], "-violation, a row": -line["eval/max_violation_micro"],
+            "top-k sum": line["eval/top_k_sum"]}
 
 
 def sweep(flags, scopes, coefficients):
@@ -78,21 +74,11 @@ BALANCE = Claim(
         "bias 0.01": training(f"{MIXED} --balance bias --bias_rate 0.01 --gate sigmoid --norm_topk_prob True"),
         "none": training(f"{MIXED} --balance none"),
     },
-    pairs=(
-        ("global 0.1", "micro 0.1"),
-        ("global 0.03", "micro 0.03"),
-        ("global 0.01", "micro 0.01"),
-        ("global 0.3", "micro 0.3"),
-        ("global 0.1", "micro 0.01"),
-        ("shuffle 0.1", "global 0.1"),
-        ("micro 0.1, 2 rows", "micro 0.1"),
-        ("micro 0.1, 4 rows", "micro 0.1"),
-        ("micro 0.1, 8 rows", "micro 0.1"),
-        ("micro, global from half", "global 0.1"),
-        ("global, micro from half", "global 0.1"),
-        ("bias 0.01", "global 0.1"),
-        ("none", "global 0.1"),
-    ),
+    pairs=(("global 0.1", "micro 0.1"), ("global 0.03", "micro 0.03"), ("global 0.01", "micro 0.01"),
+           ("global 0.3", "micro 0.3"), ("global 0.1", "micro 0.01"), ("shuffle 0.1", "global 0.1"),
+           ("micro 0.1, 2 rows", "micro 0.1"), ("micro 0.1, 4 rows", "micro 0.1"), ("micro 0.1, 8 rows", "micro 0.1"),
+           ("micro, global from half", "global 0.1"), ("global, micro from half", "global 0.1"),
+           ("bias 0.01", "global 0.1"), ("none", "global 0.1")),
     measure=measures,
     curve=None,
     seeds=5,
@@ -107,17 +93,10 @@ TEXT_CLAIM = Claim(
     name="moe_balance_text",
     source="Demons in the Detail, 2501.11873",
     says="The same on source code, reference documentation and arithmetic, three domains",
-    arms={
-        **sweep(TEXT, ("micro",), (0.1, 0.01)),
-        **sweep(TEXT, ("global",), (0.1, 0.01)),
-        "none": training(f"{TEXT} --balance none"),
-    },
-    pairs=(
-        ("global 0.1", "micro 0.1"),
-        ("global 0.01", "micro 0.01"),
-        ("global 0.1", "micro 0.01"),
-        ("none", "global 0.1"),
-    ),
+    arms={**sweep(TEXT, ("micro",), (0.1, 0.01)), **sweep(TEXT, ("global",), (0.1, 0.01)),
+          "none": training(f"{TEXT} --balance none")},
+    pairs=(("global 0.1", "micro 0.1"), ("global 0.01", "micro 0.01"), ("global 0.1", "micro 0.01"),
+           ("none", "global 0.1")),
     measure=measures,
     curve=None,
     seeds=4,
@@ -167,23 +146,14 @@ def at_matched_balance(result):
     rows, arms = [], sweeps(result)["micro"]
     for seed, target in result["figures"]["global 0.1"].items():
         points = sorted(
-            (
-                -result["figures"][arm][seed]["-violation"],
-                -result["figures"][arm][seed]["-nll"],
-                result["figures"][arm][seed]["mutual information"],
-            )
+            (-result["figures"][arm][seed]["-violation"], -result["figures"][arm][seed]["-nll"],
+             result["figures"][arm][seed]["mutual information"])
             for arm in arms
         )
         xs, losses, informations = zip(*points)
         x = -target["-violation"]
-        rows.append(
-            (
-                seed,
-                -target["-nll"] - np.interp(x, xs, losses),
-                target["mutual information"],
-                np.interp(x, xs, informations),
-            )
-        )
+        rows.append((seed, -target["-nll"] - np.interp(x, xs, losses), target["mutual information"],
+                     np.interp(x, xs, informations)))
     return rows
 
 
@@ -194,23 +164,15 @@ def draw_tradeoff(result, path):
     for axis, name in zip(axes, ("-nll", "mutual information")):
         sign = -1 if name == "-nll" else 1
         for i, (scope, arms) in enumerate(names.items()):
-            xs, ys = (
-                [sign * column(result, arm, figure_name).mean() for arm in arms]
-                for sign, figure_name in ((-1, "-violation"), (sign, name))
-            )
+            xs = [-column(result, arm, "-violation").mean() for arm in arms]
+            ys = [sign * column(result, arm, name).mean() for arm in arms]
             axis.plot(xs, ys, color=f"C{i}", marker="o", label=scope)
             for x, y, arm in zip(xs, ys, arms):
                 axis.annotate(arm.split()[1], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         others = [arm for arm in result["figures"] if arm not in sum(names.values(), []) and arm != "none"]
         for i, arm in enumerate(others):
-            axis.plot(
-                -column(result, arm, "-violation").mean(),
-                sign * column(result, arm, name).mean(),
-                "sD^v<>*"[i % 7],
-                color="0.45",
-                markersize=5,
-                label=arm,
-            )
+            axis.plot(-column(result, arm, "-violation").mean(), sign * column(result, arm, name).mean(),
+                      "sD^v<>*"[i % 7], color="0.45", markersize=5, label=arm)
         axis.set(xlabel="load violation over all held-out rows", ylabel={"-nll": "held-out loss, nats"}.get(name, name))
     axes[1].legend(fontsize=6, frameon=False)
     figure.suptitle(f"{result['name']}: mean of {result['seeds']} seeds; numbers are coefficients")
