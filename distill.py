@@ -362,8 +362,8 @@ def make_examples(rows, tokenizer, config):
     if not kept:
         raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer")
     if len(kept) < len(examples):
-        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer "
-              "and left out")
+        say(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
+            "left out")
     return kept
 
 
@@ -647,11 +647,11 @@ def on_rank_0(function, world):
     return outcome[0]
 
 
-def distribute_learner(model, config, world):
-    """The Learner of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+def distribute(policy, config, world):
+    """The policy on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(Learner(model.train().to(world.device)), config)
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(policy.train().to(world.device), config)
     ddp = world.size > 1 and not config.fsdp
     return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
 
@@ -671,11 +671,12 @@ def unwrap(policy):
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
-def make_decoder(model, config):
+def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
-    if not config.fsdp and not torch.cuda.is_available():
+    if not config.fsdp and world.device.type == "cpu":
         return model
-    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+    precision = torch.bfloat16 if config.bf16 else torch.float32
+    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -1015,7 +1016,7 @@ def run_args(config, world):
             "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
 
 
-def begin_run(config, world, resume, args, data):
+def begin_run(config, world, resume, args, model, data):
     """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
 
     `data` is hashed, so that a run is never continued on other data: InputError.
@@ -1025,7 +1026,8 @@ def begin_run(config, world, resume, args, data):
         return run
     run.mkdir(parents=True, exist_ok=True)
     if resume is None:
-        write_json(run / "args.json", {**args, "data_sha256": digest})
+        write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
+                                       "learning_rate": config.learning_rate, "data_sha256": digest})
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
@@ -1037,6 +1039,7 @@ def begin_run(config, world, resume, args, data):
             path.with_suffix(".tmp").write_text("".join(lines))
             os.replace(path.with_suffix(".tmp"), path)
     print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, "
           + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
     return run
 
@@ -1138,16 +1141,11 @@ def check_frame(config):
     """Raises InputError for flags that every script has and that cannot be meant."""
     choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
                "report_to": ("none", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
               "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
               "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
               "eval_steps": 0, "n_train": 0, "seed": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, lowest)
     if "{prompt}" not in config.prompt_template:
         raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
 
@@ -1169,6 +1167,8 @@ def note_step(run, state, taken, rows, config, world):
 def load_eval_problems(config):
     """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
     name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if config.eval_steps and not name:
+        say("no evaluation while training: --eval_dataset_name names the problems for it")
     if not config.eval_steps or not name:
         return []
     return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
@@ -1751,7 +1751,7 @@ def train(config, world, stop):
 
     sampling = reinforced or config.method == "on_policy"
     decoder = make_decoder(model, config) if sampling or eval_problems else None
-    policy = distribute_learner(model, config, world)
+    policy = distribute(Learner(model), config, world)
     optimizer = make_optimizer(policy, config)
     state = {"step": 0, "bad_steps": 0, "about": course.about}
     if resume:

@@ -496,6 +496,12 @@ def barrier():
         dist.barrier()
 
 
+def say(text):
+    """Prints a line, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def sum_over_processes(values, world):
     """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
@@ -519,21 +525,21 @@ def on_rank_0(function, world):
     return outcome[0]
 
 
-def distribute_pairs(model, config, world):
-    """The PairPolicy of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(PairPolicy(model.train().to(world.device)), config)
-    ddp = world.size > 1 and not config.fsdp
-    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
-
-
 def can_share_prefix(model):
     """Does the model take a mask of who sees whom? Not with sliding windows, recurrent layers, or other attention."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not (
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def distribute(policy, config, world):
+    """The policy on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(policy.train().to(world.device), config)
+    ddp = world.size > 1 and not config.fsdp
+    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
 
 
 def shard(policy, config):
@@ -551,11 +557,12 @@ def unwrap(policy):
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
-def make_decoder(model, config):
+def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
-    if not config.fsdp and not torch.cuda.is_available():
+    if not config.fsdp and world.device.type == "cpu":
         return model
-    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+    precision = torch.bfloat16 if config.bf16 else torch.float32
+    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -865,7 +872,7 @@ def run_args(config, world):
             "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
 
 
-def begin_run(config, world, resume, args, data):
+def begin_run(config, world, resume, args, model, data):
     """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
 
     `data` is hashed, so that a run is never continued on other data: InputError.
@@ -875,7 +882,8 @@ def begin_run(config, world, resume, args, data):
         return run
     run.mkdir(parents=True, exist_ok=True)
     if resume is None:
-        write_json(run / "args.json", {**args, "data_sha256": digest})
+        write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
+                                       "learning_rate": config.learning_rate, "data_sha256": digest})
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
@@ -887,6 +895,7 @@ def begin_run(config, world, resume, args, data):
             path.with_suffix(".tmp").write_text("".join(lines))
             os.replace(path.with_suffix(".tmp"), path)
     print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, "
           + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
     return run
 
@@ -984,20 +993,28 @@ def end_run(run, policy, tokenizer, world):
     barrier()
 
 
+def check_values(config, choices, lowest, shares=()):
+    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+
+
 def check_frame(config):
     """Raises InputError for flags that every script has and that cannot be meant."""
     choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
                "report_to": ("none", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
               "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
               "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
               "eval_steps": 0, "n_train": 0, "seed": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, lowest)
     if "{prompt}" not in config.prompt_template:
         raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
 
@@ -1019,6 +1036,8 @@ def note_step(run, state, taken, rows, config, world):
 def load_eval_problems(config):
     """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
     name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if config.eval_steps and not name:
+        say("no evaluation while training: --eval_dataset_name names the problems for it")
     if not config.eval_steps or not name:
         return []
     return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
@@ -1232,18 +1251,10 @@ def sample_pairs(decoder, tokenizer, problems, prompts, number, config, world):
 def check_config(config):
     """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
     choices = {"loss_type": tuple(USUAL_BETA), "pairs": ("on_policy", "steps", "offline")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"num_generations": 2, "pairs_per_prompt": 1, "round_prompts": 1, "max_prompt_length": 1, "max_length": 2,
               "generation_batch_size": 1, "beta": 0, "rpo_alpha": 0, "dpop_lambda": 0, "resample_steps": 0, "budget": 0,
               "num_train_epochs": 0, "sft_learning_rate": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
-    for name in ("label_smoothing", "easy_to_hard", "sft_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+    check_values(config, choices, lowest, shares=("label_smoothing", "easy_to_hard", "sft_fraction"))
     if not config.temperature > 0:
         raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
     if not config.step_separator:
@@ -1413,12 +1424,11 @@ def main(config):
     if config.num_train_epochs:
         config.max_steps = math.ceil(config.num_train_epochs * len(data.cold + data.pairs) / args["rows_per_step"])
     check_phases(data, config)
-    run = begin_run(config, world, resume, args, [data.cold, data.pairs, data.prompts,
+    run = begin_run(config, world, resume, args, model, [data.cold, data.pairs, data.prompts,
                                                   [problem.answer for problem in data.problems]])
 
-    model.to(world.device)  # before it is copied: the copy samples there too
-    decoder = make_decoder(model, config)
-    policy = distribute_pairs(model, config, world)
+    decoder = make_decoder(model, config, world)
+    policy = distribute(PairPolicy(model), config, world)
     optimizer = make_optimizer(policy, config)
     state, current = {"step": 0, "bad_steps": 0, "about": {}, "rollouts": 0}, None
     if resume:

@@ -658,6 +658,12 @@ def barrier():
         dist.barrier()
 
 
+def say(text):
+    """Prints a line, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def sum_over_processes(values, world):
     """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
@@ -682,13 +688,17 @@ def on_rank_0(function, world):
 
 
 def distribute_routed(model, config, world):
-    """The RoutedPolicy of `model` on this process's device: plain, in DDP, or sharded (FSDP2), routers in float32."""
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = model.train().to(world.device)
-    for layer in moe_layers(model) if config.fsdp else []:
+    """`distribute` for the RoutedPolicy of `model`; under FSDP2 its routers stay in float32."""
+    for layer in moe_layers(model.to(world.device)) if config.fsdp else []:
         fully_shard(layer.gate, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    policy = shard(RoutedPolicy(model), config)
+    return distribute(RoutedPolicy(model), config, world)
+
+
+def distribute(policy, config, world):
+    """The policy on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(policy.train().to(world.device), config)
     ddp = world.size > 1 and not config.fsdp
     return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
 
@@ -719,11 +729,12 @@ def unwrap(policy):
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
-def make_decoder(model, config):
+def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
-    if not config.fsdp and not torch.cuda.is_available():
+    if not config.fsdp and world.device.type == "cpu":
         return model
-    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+    precision = torch.bfloat16 if config.bf16 else torch.float32
+    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -1110,7 +1121,7 @@ def run_args(config, world):
             "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
 
 
-def begin_run(config, world, resume, args, data):
+def begin_run(config, world, resume, args, model, data):
     """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
 
     `data` is hashed, so that a run is never continued on other data: InputError.
@@ -1120,7 +1131,8 @@ def begin_run(config, world, resume, args, data):
         return run
     run.mkdir(parents=True, exist_ok=True)
     if resume is None:
-        write_json(run / "args.json", {**args, "data_sha256": digest})
+        write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
+                                       "learning_rate": config.learning_rate, "data_sha256": digest})
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
@@ -1132,6 +1144,7 @@ def begin_run(config, world, resume, args, data):
             path.with_suffix(".tmp").write_text("".join(lines))
             os.replace(path.with_suffix(".tmp"), path)
     print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, "
           + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
     return run
 
@@ -1229,20 +1242,28 @@ def end_run(run, policy, tokenizer, world):
     barrier()
 
 
+def check_values(config, choices, lowest, shares=()):
+    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+
+
 def check_frame(config):
     """Raises InputError for flags that every script has and that cannot be meant."""
     choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
                "report_to": ("none", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
               "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
               "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
               "eval_steps": 0, "n_train": 0, "seed": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, lowest)
     if "{prompt}" not in config.prompt_template:
         raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
 
@@ -1381,15 +1402,10 @@ def check_config(config):
     scopes = ("micro", "sequence", "sync", "global", "exact", "shuffle", "bias", "none")
     choices = {"balance": scopes, "gate": ("softmax", "sigmoid"), "bias_rule": ("sign", "proportional"),
                "mixture": ("uniform", "proportional", "unimax")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 2, "max_length": 2,
               "num_experts_per_tok": 1, "moe_intermediate_size": 1, "balance_coef": 0, "balance_rows": 0,
               "micro_fraction": 0, "z_loss_coef": 0, "bias_rate": 0, "unimax_epochs": 1e-9, "reinit": 0}
-    for name, low in lowest.items():
-        if not low <= getattr(config, name) < math.inf:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, lowest)
     then, _, since = config.balance_switch.partition("@")
     if config.balance_switch and (then not in scopes or not since.isdigit()):
         raise InputError(f"--balance_switch {config.balance_switch}: write it like micro@500")
@@ -1436,11 +1452,10 @@ def main(config):
     weights = np.array(given) / sum(given) if all(given) else mixture_weights(
         sizes, config.mixture, config.max_steps * n_rows, config.unimax_epochs)
     plan = plan_rows(sizes, weights, config.max_steps * n_rows, config.seed)
-    run = begin_run(config, world, resume, args, [plan[:n_rows].tolist(), *(
+    run = begin_run(config, world, resume, args, model, [plan[:n_rows].tolist(), *(
         [stream.name, hashlib.sha256(stream.ids.tobytes()).hexdigest()] for stream in streams + held_out)])
 
-    model.to(world.device)  # before it is copied: the copy samples there too
-    decoder = make_decoder(model, config) if held_out else None
+    decoder = make_decoder(model, config, world) if held_out else None
     policy = distribute_routed(model, config, world)
     optimizer = make_optimizer(policy, config)
     state = {"step": 0, "bad_steps": 0}

@@ -401,9 +401,8 @@ def choose_rows(rows, model, tokenizer, resume, config, world):
         rates = pass_rates(model.to(world.device), tokenizer, prompts, [row["answer"] for row in rows],
                            [config.seed], config, world)
         chosen = select_rows(rates, config.n_train, config.select, config.seed)
-        if world.rank == 0:
-            print(f"--select {config.select}: {len(chosen)} of {len(rows)} problems, solved "
-                  f"{np.mean([rates[i] for i in chosen]):.0%} of the time (all: {np.mean(rates):.0%})")
+        say(f"--select {config.select}: {len(chosen)} of {len(rows)} problems, solved "
+            f"{np.mean([rates[i] for i in chosen]):.0%} of the time (all: {np.mean(rates):.0%})")
     return [rows[i] for i in chosen], chosen
 
 
@@ -447,8 +446,8 @@ def make_examples(rows, tokenizer, config):
     if not kept:
         raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer")
     if len(kept) < len(examples):
-        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer "
-              "and left out")
+        say(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
+            "left out")
     return kept
 
 
@@ -552,6 +551,12 @@ def barrier():
         dist.barrier()
 
 
+def say(text):
+    """Prints a line, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def sum_over_processes(values, world):
     """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
@@ -575,11 +580,11 @@ def on_rank_0(function, world):
     return outcome[0]
 
 
-def distribute(model, config, world):
-    """The Policy of `model` on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
+def distribute(policy, config, world):
+    """The policy on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(Policy(model.train().to(world.device)), config)
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = shard(policy.train().to(world.device), config)
     ddp = world.size > 1 and not config.fsdp
     return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
 
@@ -599,11 +604,12 @@ def unwrap(policy):
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
-def make_decoder(model, config):
+def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
-    if not config.fsdp and not torch.cuda.is_available():
+    if not config.fsdp and world.device.type == "cpu":
         return model
-    return copy.deepcopy(model).to(torch.bfloat16 if config.bf16 else torch.float32).requires_grad_(False)
+    precision = torch.bfloat16 if config.bf16 else torch.float32
+    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -1005,7 +1011,7 @@ def run_args(config, world):
             "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
 
 
-def begin_run(config, world, resume, args, data):
+def begin_run(config, world, resume, args, model, data):
     """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
 
     `data` is hashed, so that a run is never continued on other data: InputError.
@@ -1015,7 +1021,8 @@ def begin_run(config, world, resume, args, data):
         return run
     run.mkdir(parents=True, exist_ok=True)
     if resume is None:
-        write_json(run / "args.json", {**args, "data_sha256": digest})
+        write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
+                                       "learning_rate": config.learning_rate, "data_sha256": digest})
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
@@ -1027,6 +1034,7 @@ def begin_run(config, world, resume, args, data):
             path.with_suffix(".tmp").write_text("".join(lines))
             os.replace(path.with_suffix(".tmp"), path)
     print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
+          f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, "
           + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
     return run
 
@@ -1124,20 +1132,28 @@ def end_run(run, policy, tokenizer, world):
     barrier()
 
 
+def check_values(config, choices, lowest, shares=()):
+    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+
+
 def check_frame(config):
     """Raises InputError for flags that every script has and that cannot be meant."""
     choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
                "report_to": ("none", "wandb")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
               "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
               "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
               "eval_steps": 0, "n_train": 0, "seed": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, lowest)
     if "{prompt}" not in config.prompt_template:
         raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
 
@@ -1159,6 +1175,8 @@ def note_step(run, state, taken, rows, config, world):
 def load_eval_problems(config):
     """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
     name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if config.eval_steps and not name:
+        say("no evaluation while training: --eval_dataset_name names the problems for it")
     if not config.eval_steps or not name:
         return []
     return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
@@ -1236,14 +1254,8 @@ def check_config(config):
     choices = {"loss_type": ("nll", "dco", "dco_step", "dco_a", "entropy", "stablemax"),
                "select": ("all", "hard", "uniform", "easy"), "lora_init": ("gaussian", "pissa", "lora_sb"),
                "rewarm": ("off", "keep", "half", "full")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
-    lowest = {"max_length": 2, "dco_n": 1, "num_generations": 1, "select_pool": 0, "lora_rank": 0,
-              "entropy_discount": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    check_values(config, choices, {"max_length": 2, "dco_n": 1, "num_generations": 1, "select_pool": 0, "lora_rank": 0,
+                                   "entropy_discount": 0})
     for name, shares in {"entropy_keep": [config.entropy_keep], "thought_budgets": config.thought_budgets}.items():
         if not all(0 < share <= 1 for share in shares):
             raise InputError(f"--{name} {' '.join(map(str, shares))}: must be above 0 and at most 1")
@@ -1289,12 +1301,12 @@ def main(config):
     notes_of = annotator(rows + replay_rows, examples, tokenizer, config, world)
     if config.num_train_epochs:
         config.max_steps = math.ceil(config.num_train_epochs * n_own / n_new)
-    run = begin_run(config, world, resume, args, examples)
+    run = begin_run(config, world, resume, args, model, examples)
 
     if config.lora_rank:
         add_adapters(model, examples[:n_own], n_new, config, world)
-    decoder = make_decoder(model, config)
-    policy = distribute(model, config, world)
+    decoder = make_decoder(model, config, world)
+    policy = distribute(Policy(model), config, world)
     if config.loss_type == "stablemax":
         unwrap(policy).forward = partial(stablemax_forward, unwrap(policy))
     optimizer = make_optimizer(policy, config)

@@ -626,21 +626,6 @@ def test_a_round_without_pairs_is_told_by_one_process_only(monkeypatch, capsys):
     assert capsys.readouterr().err.count("warning, step 3") == 1
 
 
-class Made(Exception):
-    """A decoder was made: the test has seen what it wanted."""
-
-
-def test_the_model_that_samples_is_copied_from_where_training_is(tiny_model, tmp_path, monkeypatch):
-    """A copy made before the move would sample on the CPU beside an idle GPU; `meta` stands in for the GPU."""
-    def make_decoder(model, *args):
-        raise Made(model.device.type)
-
-    monkeypatch.setattr(dpo, "start_world", lambda config: World(0, 1, torch.device("meta")))
-    monkeypatch.setattr(dpo, "make_decoder", make_decoder)
-    with pytest.raises(Made, match="meta"):
-        dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"))))
-
-
 def test_label_smoothing_half_teaches_nothing(tiny_model, tmp_path):
     dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
                                  error_rate=0.5, loss_type="sigmoid", label_smoothing=0.5)))

@@ -653,19 +653,3 @@ def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, flags
     moe.check_micro_batches(other, None)
     with pytest.raises(InputError, match="--micro_batch_tokens 256: .* has 512") if refused else nullcontext():
         moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")
-
-
-class Made(Exception):
-    """A decoder was made: the test has seen what it wanted."""
-
-
-def test_the_model_that_samples_is_copied_from_where_training_is(tmp_path, monkeypatch):
-    """A copy made before the move would sample on the CPU beside an idle GPU; `meta` stands in for the GPU."""
-
-    def make_decoder(model, *args):
-        raise Made(model.device.type)
-
-    monkeypatch.setattr(moe, "start_world", lambda config: World(0, 1, torch.device("meta")))
-    monkeypatch.setattr(moe, "make_decoder", make_decoder)
-    with pytest.raises(Made, match="meta"):
-        moe.main(Config(**TINY_RUN, output_dir=str(tmp_path / "run")))

@@ -169,6 +169,13 @@ def test_the_end_is_trained_and_the_prompt_is_not(tiny):
     assert torch.allclose(grad, wanted, atol=1e-6)
 
 
+def test_the_model_that_samples_is_a_copy_on_the_device_of_training(tiny):
+    """A copy left on the CPU would sample there beside an idle GPU; `meta` stands in for the GPU."""
+    decoder = sft.make_decoder(tiny[0], Config(bf16=True), World(0, 1, torch.device("meta")))
+    assert {(p.device.type, p.dtype, p.requires_grad) for p in decoder.parameters()} == {("meta", torch.bfloat16, False)}
+    assert sft.make_decoder(tiny[0], Config(), ALONE) is tiny[0] and tiny[0].device.type == "cpu"
+
+
 def test_padding_is_exact_because_nothing_looks_right(tiny):
     model, tokenizer = tiny
     examples = uneven(tokenizer, 4)
@@ -234,8 +241,9 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
     for name in ("args.json", "samples.jsonl", "curves.png", "model.safetensors", "tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_30"]
-    assert "[[" in capsys.readouterr().out  # which tokens are trained
-    args = json.loads((run / "args.json").read_text())
+    shown, args = capsys.readouterr().out, json.loads((run / "args.json").read_text())
+    assert "[[" in shown and "0.616 M parameters, learning rate 0.003" in shown  # which tokens are trained, and how
+    assert args["parameters"] == 616_256 and args["learning_rate"] == 0.003 and args["flags"]["learning_rate"] == 0.0
     assert args["finished"] and args["flags"]["seed"] == 0 and args["versions"]["torch"] == torch.__version__
     model, tokenizer = load_model(str(run))
     again, _ = load_model(str(run / "checkpoints" / "step_30"))
@@ -281,12 +289,13 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-def test_training_on_files_in_trl_formats(tmp_path):
+def test_training_on_files_in_trl_formats(tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}+1=", "completion": str(i + 1)}) + "\n" for i in range(8)))
     sft.main(Config(dataset_name=str(path), output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4,
                     num_train_epochs=1.0))
     assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "no evaluation while training: --eval_dataset_name" in capsys.readouterr().out
 
 
 def test_example_and_batch_types_are_plain():

@@ -354,7 +354,7 @@ def test_a_run_trains_on_the_selected_problems_and_says_how_often_they_were_solv
     seen = {}
     monkeypatch.setattr(sft, "pass_rates", lambda decoder, tokenizer, prompts, *_: [
         seen.setdefault("pool", len(prompts)) and int(tokenizer.decode(ids)[:1]) / 10 for ids in prompts])
-    monkeypatch.setattr(sft, "begin_run", lambda config, world, resume, args, data: seen.update(data=data) or 1 / 0)
+    monkeypatch.setattr(sft, "begin_run", lambda config, world, resume, args, model, data: seen.update(data=data) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sft.main(Config(output_dir=str(tmp_path / "run"), select="easy", n_train=10, select_pool=60, levels="1"))
     tokenizer = char_tokenizer()

@@ -110,7 +110,7 @@ def dense_step(case, ids_BT, device):
     torch.manual_seed(0)
     inner = case["num_experts_per_tok"] * case["moe_intermediate_size"]
     world, config = sft.World(0, 1, device), sft.Config(learning_rate=1e-4, warmup_steps=0)
-    policy = sft.distribute(Qwen3ForCausalLM(Qwen3Config(**shared_shape(case), intermediate_size=inner)), config, world)
+    policy = sft.distribute(sft.Policy(Qwen3ForCausalLM(Qwen3Config(**shared_shape(case), intermediate_size=inner))), config, world)
     optimizer = sft.make_optimizer(policy, config)
     examples = [sft.Example(ids.tolist(), [True] * len(ids)) for ids in ids_BT]
     n_tokens = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
