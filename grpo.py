@@ -93,7 +93,7 @@ class Config:
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
     resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
     num_generations: int = flag(8, "completions per prompt: G")
-    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error")
+    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out")
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
     generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
@@ -220,12 +220,12 @@ def row_weights(loss_type, lengths_R, max_completion_length):
     lengths_R are the trained tokens of every row of the step, rows without signal included; 0 for masked rows.
     grpo, gspo: mean over rows of the mean over tokens. dapo, cispo: mean over all tokens. dr_grpo: sum over tokens /
     (rows * the limit), the limit being a constant: longer wrong answers are not cheaper.
+    Source: DeepSeekMath 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; Dr. GRPO 2503.20783 section 3.
     """
     if loss_type in ("grpo", "gspo"):
         return 1 / (lengths_R.clamp(min=1) * len(lengths_R))
-    if loss_type == "dr_grpo":
-        return torch.full_like(lengths_R, 1 / (len(lengths_R) * max_completion_length), dtype=torch.float32)
-    return torch.full_like(lengths_R, 1 / max(1, int(lengths_R.sum())), dtype=torch.float32)
+    divisor = len(lengths_R) * max_completion_length if loss_type == "dr_grpo" else max(1, int(lengths_R.sum()))
+    return torch.full_like(lengths_R, 1 / divisor, dtype=torch.float32)
 
 
 def policy_gain(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
@@ -271,33 +271,15 @@ def teacher_penalty(logps_BS, teacher_logps_BS, direction):
     return log_ratio_BS.expm1() - log_ratio_BS
 
 
-def triangle(length, budget):
-    """From 0 for an empty completion up to 1 at the budget, down to 0 at twice of it. Source: 2508.08940 section 3."""
-    return max(0.0, 1 - abs(length - budget) / budget)
-
-
-def length_surrogate(share, peak=0.5):
-    """What a completion that takes this share of the limit earns, 1 at the peak, -1 at the limit.
-
-    Source: surrogate signals 2505.19439 section 3.2.
-    """
-    return 1 - (1 - share / peak) ** 2 if share <= peak else 1 - 2 * ((share - peak) / (1 - peak)) ** 2
-
-
 def clip_share(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
     """Tokens whose gradient the clip removed (for cispo: cut), counted: scalar."""
     if config.loss_type == "gspo":
         logps_BS = sequence_logps(logps_BS, old_logps_BS, mask_BS)
-    ratio_BS, up_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None] > 0
+    ratio_BS, advantages_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None]
     if config.loss_type == "cispo":
         return ((ratio_BS > config.cispo_max_weight) & mask_BS).sum()
-    outside_BS = torch.where(up_B1, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
-    return (outside_BS & mask_BS & (advantages_B != 0)[:, None]).sum()
-
-
-def soft_overlong(length, limit, soft):
-    """DAPO's penalty in [-1, 0] for ending within `soft` tokens of the limit. Source: DAPO 2503.14476 eq. 13."""
-    return max(-1.0, min(0.0, (limit - soft - length) / soft)) if soft else 0.0
+    outside_BS = torch.where(advantages_B1 > 0, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
+    return (outside_BS & mask_BS & (advantages_B1 != 0)).sum()
 
 
 # --- data ---
@@ -1006,40 +988,38 @@ class Uniform:
         self.members = [[i for i, arm in enumerate(self.arm_of) if arm == a] for a in range(len(self.names))]
         self.state = {"drawn": [0] * len(self.names), "passed": 0}
 
-    def pick(self, pace, n_rows):
-        count = n_rows // pace.generations
-        found = in_order(len(self.arm_of), self.state["passed"], count, self.config.seed)
-        self.state["passed"] += count
-        return [(i, pace.generations) for i in found]
-
-    def update(self, groups):
-        pass
-
-    def keep(self, group):
-        return True
-
-    def measures(self):
-        """Is what was picked last only there to measure problems, not to train on?"""
-        return False
-
     def shares(self):
         """The chance of each arm at the next pick: list of float, or None where arms are not what is chosen."""
         return None
+
+    def pick(self, pace, n_rows):
+        count, shares, seed = n_rows // pace.generations, self.shares(), self.config.seed
+        if shares is not None:
+            rng = np.random.default_rng([seed, sum(self.state["drawn"]), 1])
+            return self.from_arms(rng.choice(len(self.names), count, p=shares), pace)
+        found = in_order(len(self.arm_of), self.state["passed"], count, seed)
+        self.state["passed"] += count
+        return [(i, pace.generations) for i in found]
 
     def from_arms(self, arms, pace):
         """The next problem of each arm named, in a shuffled order of its own."""
         picks = []
         for arm in arms:
             members, drawn = self.members[arm], self.state["drawn"][arm]
-            [place] = in_order(len(members), drawn, 1, (self.config.seed, arm))
+            [place] = in_order(len(members), drawn, 1, self.config.seed, arm)
             self.state["drawn"][arm] += 1
             picks.append((members[place], pace.generations))
         return picks
 
-    def by_shares(self, pace, n_rows):
-        """Problems of arms drawn with the chances of `shares`."""
-        rng = np.random.default_rng([self.config.seed, sum(self.state["drawn"]), 1])
-        return self.from_arms(rng.choice(len(self.names), n_rows // pace.generations, p=self.shares()), pace)
+    def update(self, groups):
+        pass
+
+    def measures(self):
+        """Is what was picked last only there to measure problems, not to train on?"""
+        return False
+
+    def keep(self, group):
+        return True
 
     def by_arm(self, groups, value):
         """The mean of value(group) over the groups of each arm: {arm: mean}."""
@@ -1061,14 +1041,14 @@ class Horizon(Uniform):
         self.state |= {"stage": 0, "recent": []}
 
     def shares(self):
-        stage, review = self.state["stage"], self.config.horizon_review if self.state["stage"] else 0.0
-        earlier = [review / stage] * stage if stage else []
-        return earlier + [1 - review] + [0.0] * (len(self.names) - stage - 1)
+        stage = self.state["stage"]
+        review = self.config.horizon_review if stage else 0.0
+        return [review / max(1, stage)] * stage + [1 - review] + [0.0] * (len(self.names) - stage - 1)
 
     def pick(self, pace, n_rows):
         if not self.config.horizon_gate:
             self.state["stage"] = int(pace.step / self.config.max_steps * len(self.names))
-        return self.by_shares(pace, n_rows)
+        return super().pick(pace, n_rows)
 
     def update(self, groups):
         stage, gate = self.state["stage"], self.config.horizon_gate
@@ -1092,9 +1072,6 @@ class SEC(Uniform):
 
     def shares(self):
         return softmax(self.state["values"], self.config.sampler_temperature)
-
-    def pick(self, pace, n_rows):
-        return self.by_shares(pace, n_rows)
 
     def update(self, groups):
         rate, values = self.config.sampler_rate, self.state["values"]
@@ -1122,13 +1099,11 @@ class DUMP(Uniform):
         means = [sum(gain * n for gain, n in gains) / max(1, sum(n for _, n in gains)) for gains in self.state["gains"]]
         return softmax([mean + bonus for mean, bonus in zip(means, self.bonus())], self.config.sampler_temperature)
 
-    def pick(self, pace, n_rows):
-        return self.by_shares(pace, n_rows)
-
     def update(self, groups):
         for group in groups:
             arm, n = self.arm_of[group.problem], len(group.rows)
-            gains = self.state["gains"][arm] = self.state["gains"][arm] + [[group.mean_gain(self.config), n]]
+            gains = self.state["gains"][arm]
+            gains.append([group.mean_gain(self.config), n])
             while len(gains) > 1 and sum(n for _, n in gains[1:]) >= self.config.dump_window:
                 gains.pop(0)
             self.state["counts"][arm] += n
@@ -1169,25 +1144,26 @@ class ADCL(Uniform):
 
     def __init__(self, arms_N, config):
         super().__init__(arms_N, config)
-        self.state |= {"difficulty": [None] * len(arms_N), "chunks": [], "turn": 0, "left": [], "measuring": []}
+        self.state |= {"chunks": [], "turn": 0, "left": [], "measuring": []}
 
     def pick(self, pace, n_rows):
         state, n = self.state, n_rows // pace.generations
-        if not state["left"]:  # a chunk is at its end
-            turn = state["turn"] = state["turn"] + bool(state["chunks"])
-            state["measuring"] = (state["chunks"][turn % len(state["chunks"])] if state["chunks"]
-                                  else list(range(len(self.arm_of))))
-            return [(i, self.config.adcl_samples) for i in state["measuring"]]
-        found, state["left"], state["measuring"] = state["left"][:n], state["left"][n:], []
-        return [(i, pace.generations) for i in found]
+        if state["left"]:
+            found, state["left"], state["measuring"] = state["left"][:n], state["left"][n:], []
+            return [(i, pace.generations) for i in found]
+        if state["chunks"]:  # one is at its end
+            state["turn"] += 1
+            state["measuring"] = state["chunks"][state["turn"] % len(state["chunks"])]
+        else:
+            state["measuring"] = list(range(len(self.arm_of)))
+        return [(i, self.config.adcl_samples) for i in state["measuring"]]
 
     def update(self, groups):
         state = self.state
         if not state["measuring"]:
             return
-        for group in groups:
-            state["difficulty"][group.problem] = 1 - group.success()
-        state["left"] = sorted(state["measuring"], key=lambda i: (state["difficulty"][i], i))
+        ease = {group.problem: group.success() for group in groups}
+        state["left"] = sorted(state["measuring"], key=lambda i: (-ease[i], i))
         if not state["chunks"]:
             parts = np.array_split(state["left"], min(self.config.adcl_chunks, len(state["left"])))
             state["chunks"] = [part.tolist() for part in parts]
@@ -1213,11 +1189,10 @@ class Knapsack(Uniform):
         self.state["verdicts"] = {}
 
     def pick(self, pace, n_rows):
-        picks = super().pick(pace, n_rows)
-        memory = [self.state["verdicts"].get(str(i), []) for i, _ in picks]
+        problems = [i for i, _ in super().pick(pace, n_rows)]
+        memory = [self.state["verdicts"].get(str(i), []) for i in problems]
         rates = [sum(found) / len(found) if len(found) >= 8 else None for found in memory]
-        counts = knapsack_allocation(rates, n_rows, pace.generations, *self.config.knapsack_range)
-        return [(i, count) for (i, _), count in zip(picks, counts)]
+        return list(zip(problems, knapsack_allocation(rates, n_rows, pace.generations, *self.config.knapsack_range)))
 
     def update(self, groups):
         for group in groups:
@@ -1241,7 +1216,10 @@ class Dynamic(Uniform):
 
 
 class Yoked(Uniform):
-    """Replays how many completions another run gave to each arm at each step: its schedule without its adaptivity."""
+    """A control: each step deals its completions out to the arms in the shares in which another run did at that step.
+
+    So it has that run's schedule without its adaptivity.
+    """
 
     def __init__(self, arms_N, config):
         super().__init__(arms_N, config)
@@ -1256,10 +1234,8 @@ class Yoked(Uniform):
                              f"{sorted(columns)}, this one {config.max_steps} and {sorted(mine)}")
 
     def pick(self, pace, n_rows):
-        line = self.replayed[pace.step]
-        arms = [arm for arm, name in enumerate(self.names)
-                for _ in range(round(line[f"sampler/rollouts/{name}"] / pace.generations))]
-        return self.from_arms(arms, pace)
+        counts = [self.replayed[pace.step][f"sampler/rollouts/{name}"] for name in self.names]
+        return self.from_arms(quotas([count / sum(counts) for count in counts], n_rows // pace.generations), pace)
 
 
 def in_numbers(name):
@@ -1271,13 +1247,13 @@ def in_numbers(name):
     return [(int(part) if part.isdecimal() else 0, part) for part in name.split(",")]
 
 
-def in_order(n, first, count, seed):
+def in_order(n, first, count, *seed):
     """Places first, first + 1, ... of an endless walk through range(n), shuffled anew for each pass: list of int."""
     found = []
     while len(found) < count:
         epoch, offset = divmod(first + len(found), n)
-        key = [*seed, epoch] if isinstance(seed, tuple) else [seed, epoch]
-        found += np.random.default_rng(key).permutation(n)[offset : offset + count - len(found)].tolist()
+        order = np.random.default_rng([*seed, epoch]).permutation(n)
+        found += order[offset : offset + count - len(found)].tolist()
     return found
 
 
@@ -1305,7 +1281,7 @@ def knapsack_allocation(rates_P, total, usual, low, high):
     The worth of n completions at success rate p is (1 - p^n - (1-p)^n) p (1-p)^2, the chance of a gradient times what
     it gains. It is concave in n, so giving out one completion after another where it adds most is exactly optimal.
     Every prompt gets `low`, one of unknown rate (None) `usual`, a mixed one at most `high`. What the mixed ones do not
-    need for a group that is mixed with chance 0.9 goes to prompts never answered right, else to all.
+    need for a group that is mixed with chance 0.9 goes to prompts never answered right, else to all (beyond `high`).
     Source: Knapsack RL 2509.25849 section 3; the order and the constants are its code's.
     """
     counts = [usual if rate is None else low for rate in rates_P]
@@ -1349,19 +1325,23 @@ def make_sampler(problems, config):
 # --- scaffolds ---
 
 
+ANSWER_MARK = re.compile(r"\\boxed\s*\{|####|<answer>|#[^\n]*\s*\Z")  # a "# Step 1" before the end is a headline
+
+
 def cut_solution(solution):
     """A worked solution as its steps (lines, or parts ended by a semicolon), without the marked answer: list of str.
 
     >>> cut_solution("37+5=42;42-8=34#34")
     ['37+5=42;', '42-8=34']
     """
-    worked = re.split(r"#|\\boxed|<answer>", solution or "")[0]
+    worked = ANSWER_MARK.split(solution or "")[0]
     return [step for step in re.findall(r"[^\n;]+[\n;]*", worked) if step.strip()]
 
 
 def gives_away(text, answer):
-    """Does the text contain the answer as a number or word of its own?"""
-    return bool(re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text))
+    """Does the text contain the answer as a number or word of its own, or the same number written 1,000 or 12.00?"""
+    plain_text, plain_answer = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", part) for part in (text, answer))
+    return bool(re.search(rf"(?<![\w.]){re.escape(plain_answer)}(?!\w|\.\d*[1-9])", f"{text} {plain_text}"))
 
 
 def hint_levels(problem):
@@ -1383,9 +1363,9 @@ def help_of(problem, config):
     return hint_levels(problem)
 
 
-def helped_prompt(problem, hint, config):
-    """The problem's prompt with a hint in it, by --hint_template."""
-    return fill_template(config.hint_template.replace("{hint}", hint), problem.prompt)
+def with_help(problem, text, config):
+    """The problem with a hint in its prompt, by --hint_template."""
+    return replace(problem, prompt=fill_template(config.hint_template.replace("{hint}", text), problem.prompt))
 
 
 def add_hints(groups, actor, problems, pace, config):
@@ -1395,18 +1375,19 @@ def add_hints(groups, actor, problems, pace, config):
     (Scaf-GRPO, whose ratio is conditioned so on both sides), `plain` under the bare prompt (egsr's point). The control
     `negatives` gives it no weight, so only the failures beside it, now below average, are left.
     """
-    stuck = [(group, help_of(problems[group.problem], config)) for group in groups if group.success() == 0]
-    asked, found_at = len(stuck), []
-    for level in range(max((len(helps) for _, helps in stuck), default=0)):
-        stuck = [(group, helps) for group, helps in stuck if len(helps) > level]
-        helped = [replace(problems[group.problem], prompt=helped_prompt(problems[group.problem], helps[level], config))
-                  for group, helps in stuck]
-        tries = actor.sample(helped, [config.scaffold_samples] * len(helped), pace)
-        still = []
-        for (group, helps), rows in zip(stuck, tries):
+    asked, found_at, too_long = [], [], 0
+    for group in groups:
+        if group.success() == 0:
+            problem = problems[group.problem]
+            helped = [with_help(problem, text, config) for text in help_of(problem, config)]
+            asked.append((group, [part for part in helped if actor.fits(part)]))
+            too_long += len(helped) - len(asked[-1][1])
+    for level in range(max((len(helped) for _, helped in asked), default=0)):
+        stuck = [(group, helped[level]) for group, helped in asked if group.success() == 0 and len(helped) > level]
+        tries = actor.sample([part for _, part in stuck], [config.scaffold_samples] * len(stuck), pace)
+        for (group, _), rows in zip(stuck, tries):
             row = next((row for row in rows if row.right), None)
             if row is None:
-                still.append((group, helps))
                 continue
             if config.hint_logps == "plain":
                 row.prompt = group.rows[0].prompt
@@ -1414,8 +1395,8 @@ def add_hints(groups, actor, problems, pace, config):
             row.muted = config.scaffold == "negatives"
             group.rows[-1] = row
             found_at.append(level + 1)
-        stuck = still
-    return {"scaffold/asked": asked, "scaffold/solved": len(found_at), "scaffold/level": sum(found_at)}
+    return {"scaffold/asked": len(asked), "scaffold/solved": len(found_at), "scaffold/level": sum(found_at),
+            "scaffold/too_long": too_long}
 
 
 def subgoal_of(problem, place, config):
@@ -1427,20 +1408,22 @@ def subgoal_of(problem, place, config):
     prompt, answer = problem.subgoals[place]
     part = replace(problem, prompt=fill_template(config.prompt_template, prompt), answer=answer)
     given = "".join(cut_solution(problem.solution)[:place]) if config.subgoal_form == "given" else ""
-    return replace(part, prompt=helped_prompt(part, given, config)) if given else part
+    return with_help(part, given, config) if given else part
 
 
 def add_subgoals(groups, actor, problems, pace, config):
     """Groups without a right completion give their place to a group on one of their subgoals: counts to log."""
-    stuck = [g for g in groups if g.success() == 0 and problems[g.problem].subgoals]
-    rng, parts, solved = np.random.default_rng([config.seed, pace.step, 2]), [], 0
-    for group in stuck:
+    asked, rng = [], np.random.default_rng([config.seed, pace.step, 2])
+    for group in groups:
         problem = problems[group.problem]
-        parts.append(subgoal_of(problem, int(rng.integers(len(problem.subgoals))), config))
-    for group, rows in zip(stuck, actor.sample(parts, [len(group.rows) for group in stuck], pace)):
+        if group.success() == 0 and problem.subgoals:
+            asked.append((group, subgoal_of(problem, int(rng.integers(len(problem.subgoals))), config)))
+    fitting = [(group, part) for group, part in asked if actor.fits(part)]
+    found = actor.sample([part for _, part in fitting], [len(group.rows) for group, _ in fitting], pace)
+    for (group, _), rows in zip(fitting, found):
         group.rows = rows
-        solved += group.success() > 0
-    return {"scaffold/asked": len(stuck), "scaffold/solved": solved}
+    return {"scaffold/asked": len(asked), "scaffold/solved": sum(group.success() > 0 for group, _ in fitting),
+            "scaffold/too_long": len(asked) - len(fitting)}
 
 
 def demonstrate(groups, problems, tokenizer, config):
@@ -1450,16 +1433,14 @@ def demonstrate(groups, problems, tokenizer, config):
     one, and so it is done here. A solution's mean log-likelihood weighs sft_coef / prompts of the step.
     Source: HPT 2509.04419 eq. 6-8.
     """
-    swapped = 0
-    for group in groups:
-        if group.success() <= config.hpt_gate:
-            problem = problems[group.problem]
-            _, answer = turn(tokenizer, problem.prompt, problem.solution)
-            tokens_T = torch.tensor(answer)
-            row = Row(group.rows[0].prompt, tokens_T, {"sampled": torch.full((len(answer),), math.nan)}, True)
-            row.advantage, row.weight, row.demo = 1.0, config.sft_coef / (len(groups) * len(answer)), True
-            group.rows, swapped = [row], swapped + 1
-    return {"hpt/share": swapped / len(groups)}
+    failed = [group for group in groups if group.success() <= config.hpt_gate]
+    for group in failed:
+        problem = problems[group.problem]
+        _, answer = turn(tokenizer, problem.prompt, problem.solution)
+        values = {"sampled": torch.full((len(answer),), math.nan)}  # it was not
+        group.rows = [Row(group.rows[0].prompt, torch.tensor(answer), values, finished=True, advantage=1.0,
+                          weight=config.sft_coef / (len(groups) * len(answer)), demo=True)]
+    return {"hpt/share": len(failed) / len(groups)}
 
 
 # --- rollout ---
@@ -1483,6 +1464,10 @@ class Row:
     muted: bool = False  # takes its place in the group, but is not trained
     demo: bool = False  # not sampled: a solution to imitate
 
+    def numbers(self):
+        """What the loss reads of it beside its tokens and their values."""
+        return [self.advantage, self.weight, self.kd_coef, float(self.demo)]
+
 
 @dataclass(eq=False)
 class Group:
@@ -1502,6 +1487,11 @@ class Group:
         return float(group_advantages(verdicts_1G, scale).abs().mean())
 
 
+def rows_of(groups):
+    """All rows of the groups, in order."""
+    return [row for group in groups for row in group.rows]
+
+
 def accuracy_reward(problem, row, pace, config):
     """1 if the answer is right by eval.py's checker, else 0."""
     return float(row.right)
@@ -1509,8 +1499,7 @@ def accuracy_reward(problem, row, pace, config):
 
 def format_reward(problem, row, pace, config):
     """1 if the completion marks an answer (boxed, after ####, in answer tags, # in its last line), right or wrong."""
-    marked = re.search(r"\\boxed\{|####|<answer>|#[^\n]*\Z", row.text)  # "# Step 1" is a headline
-    return float(marked is not None and extract_answer(row.text) is not None)
+    return float(ANSWER_MARK.search(row.text) is not None and extract_answer(row.text) is not None)
 
 
 def length_reward(problem, row, pace, config):
@@ -1518,9 +1507,22 @@ def length_reward(problem, row, pace, config):
     return 1 - len(row.tokens_T) / pace.limit
 
 
+def triangle(length, budget):
+    """From 0 for an empty completion up to 1 at the budget, down to 0 at twice of it. Source: 2508.08940 section 3."""
+    return max(0.0, 1 - abs(length - budget) / budget)
+
+
 def budget_reward(problem, row, pace, config):
     """How near the length is to the budget of the step, 0 to 1; with --budget_gate for right completions only."""
     return triangle(len(row.tokens_T), pace.budget) if row.right or not config.budget_gate else 0.0
+
+
+def length_surrogate(share, peak=0.5):
+    """What a completion that takes this share of the limit earns, 1 at the peak, -1 at the limit.
+
+    Source: surrogate signals 2505.19439 section 3.2.
+    """
+    return 1 - (1 - share / peak) ** 2 if share <= peak else 1 - 2 * ((share - peak) / (1 - peak)) ** 2
 
 
 def format_length_reward(problem, row, pace, config):
@@ -1531,6 +1533,11 @@ def format_length_reward(problem, row, pace, config):
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward, "budget": budget_reward,
            "format_length": format_length_reward}
+
+
+def soft_overlong(length, limit, soft):
+    """DAPO's penalty in [-1, 0] for ending within `soft` tokens of the limit. Source: DAPO 2503.14476 eq. 13."""
+    return max(-1.0, min(0.0, (limit - soft - length) / soft)) if soft else 0.0
 
 
 def judge(problem, row, pace, config):
@@ -1554,12 +1561,12 @@ def judge_all(pairs, pace, config, world):
     A checker with a deadline, or a reward function of one's own, may answer differently from one call to the next;
     processes that disagree would train on different rows and wait for each other for ever.
     """
-    for problem, row in pairs[world.rank :: world.size]:
+    mine = pairs[world.rank :: world.size]
+    for problem, row in mine:
         judge(problem, row, pace, config)
     if world.size > 1:
-        verdicts = [(row.right, row.scores, row.reward) for _, row in pairs[world.rank :: world.size]]
         parts = [None] * world.size
-        dist.all_gather_object(parts, verdicts)
+        dist.all_gather_object(parts, [(row.right, row.scores, row.reward) for _, row in mine])
         for rank, part in enumerate(parts):
             for (_, row), verdict in zip(pairs[rank :: world.size], part, strict=True):
                 row.right, row.scores, row.reward = verdict
@@ -1586,15 +1593,19 @@ def sample_prompts(decoder, tokenizer, prompts_P, counts_P, limit, seeds, config
 
 
 class Actor:
-    """The policy as it samples: problems in, judged rows out, and a count of what that cost."""
+    """The policy as it samples: problems in, judged rows out, and a count of what that cost since `begin`."""
 
     def __init__(self, decoder, tokenizer, config, world):
         self.decoder, self.tokenizer, self.config, self.world = decoder, tokenizer, config, world
-        self.calls = self.rollouts = self.tokens = 0
 
     def begin(self, number):
         """The next calls belong to rollout `number` of the run."""
-        self.number, self.calls = number, 0
+        self.number = number
+        self.calls = self.rollouts = self.tokens = 0
+
+    def fits(self, problem):
+        """Is its prompt within --max_prompt_length? That of the data is, but not of necessity with help in it."""
+        return len(encode_prompt(self.tokenizer, problem.prompt)) <= self.config.max_prompt_length
 
     def sample(self, problems_P, counts_P, pace):
         """counts_P completions of each problem, judged: a list of Rows a problem. All processes return the same."""
@@ -1604,13 +1615,12 @@ class Actor:
         seeds = [self.config.seed, self.number, *([self.calls] if self.calls else [])]
         found = sample_prompts(self.decoder, self.tokenizer, prompts_P, counts_P, pace.limit, seeds, self.config,
                                self.world)
-        texts_R, lengths_R = found.texts(self.tokenizer), found.lengths_R.tolist()
-        self.calls, self.rollouts = self.calls + 1, self.rollouts + len(texts_R)
-        self.tokens += sum(lengths_R)
         rows, owners = [], [p for p, count in enumerate(counts_P) for _ in range(count)]
-        for r, p in enumerate(owners):
-            tokens_T, logps_T = (x_RT[r, : lengths_R[r]].clone() for x_RT in (found.tokens_RT, found.logps_RT))
-            rows.append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), texts_R[r]))
+        for r, (p, text, length) in enumerate(zip(owners, found.texts(self.tokenizer), found.lengths_R.tolist())):
+            tokens_T, logps_T = (x_RT[r, :length].clone() for x_RT in (found.tokens_RT, found.logps_RT))
+            rows.append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), text))
+        self.calls, self.rollouts = self.calls + 1, self.rollouts + len(rows)
+        self.tokens += int(found.lengths_R.sum())
         judge_all([(problems_P[p], row) for p, row in zip(owners, rows)], pace, self.config, self.world)
         left = iter(rows)
         return [list(itertools.islice(left, count)) for count in counts_P]
@@ -1633,7 +1643,7 @@ def collect(sampler, actor, problems, pace, n_rows, config):
             for name, value in edit(groups, actor, problems, pace, config).items():
                 numbers[name] = numbers.get(name, 0) + value
         groups = [group for group in groups if sampler.keep(group)]
-        kept, missing = kept + groups, missing - sum(len(group.rows) for group in groups)
+        kept, missing = kept + groups, missing - len(rows_of(groups))
         if missing < pace.generations:
             break
     if "scaffold/level" in numbers:
@@ -1645,13 +1655,11 @@ def arm_numbers(sampler, sampled):
     """What was sampled of each arm and how it went, where there are 2 to 24 arms."""
     if not 2 <= len(sampler.names) <= 24:
         return {}
-    numbers, accuracy = {}, sampler.by_arm(sampled, Group.success)
-    for arm, name in enumerate(sampler.names):
-        mine = [len(group.rows) for group in sampled if sampler.arm_of[group.problem] == arm]
-        numbers[f"sampler/rollouts/{name}"] = sum(mine)
-        if arm in accuracy:
-            numbers[f"sampler/accuracy/{name}"] = accuracy[arm]
-    return numbers
+    numbers = {f"sampler/rollouts/{name}": 0 for name in sampler.names}
+    for group in sampled:
+        numbers[f"sampler/rollouts/{sampler.names[sampler.arm_of[group.problem]]}"] += len(group.rows)
+    accuracy = sampler.by_arm(sampled, Group.success)
+    return numbers | {f"sampler/accuracy/{sampler.names[arm]}": value for arm, value in accuracy.items()}
 
 
 def credit(groups, pace, n_rows, config):
@@ -1661,17 +1669,15 @@ def credit(groups, pace, n_rows, config):
     (--shape_silent_groups lets them act): divided by their tiny std they would drive the step. A step of fewer than
     n_rows rows has the weights it would have in a full one, so that no filter changes the size of the step.
     """
-    rows = [row for group in groups for row in group.rows]
+    rows = rows_of(groups)
     if not rows:  # dynamic sampling has found no mixed group
         return
     gated = "accuracy" in config.reward_funcs and not config.shape_silent_groups
-    batch_std = 1.0
-    if config.scale_rewards == "batch":
-        batch_std = torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
+    scale, batch_std = config.scale_rewards, 1.0
+    if scale == "batch":
+        scale, batch_std = "none", torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
     for group in groups:
-        rewards_1G = torch.tensor([[float(row.reward) for row in group.rows]])
-        scale = "none" if config.scale_rewards == "batch" else config.scale_rewards
-        G = len(group.rows)
+        G, rewards_1G = len(group.rows), torch.tensor([[float(row.reward) for row in group.rows]])
         # the mean of the others instead of that of all (RLOO 2402.14740 section 2.3) is the same times G / (G - 1)
         factor = (G / (G - 1) if config.baseline == "leave_one_out" else 1.0) / batch_std
         for row, advantage in zip(group.rows, group_advantages(rewards_1G, scale)[0].tolist()):
@@ -1690,35 +1696,43 @@ def credit(groups, pace, n_rows, config):
 @torch.no_grad()
 def add_logps(model, rows, name, config, world):
     """Sets values[name] of every row to the log-probs that `model` gives its tokens; the same on all processes."""
-    examples = [row_example(row) for row in rows]
-    lengths = [len(row.tokens_T) for row in rows]
-    first, flat_N = np.cumsum([0, *lengths]), torch.zeros(sum(lengths), device=world.device)
-    for part in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
-                              config.micro_batch_tokens, world):
-        batch = collate(examples, part, world.device)
+    for row in rows:
+        row.values.pop(name, None)
+    for batch in batches_of(rows, config, world):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
             logps_BS, _ = model(batch, config.temperature)
-        places = torch.cat([torch.arange(first[i], first[i + 1]) for i in part] or [torch.arange(0)])
-        flat_N[places.to(world.device)] = logps_BS.flatten()[batch.where_N]
-    if dist.is_initialized():
-        dist.all_reduce(flat_N)
-    hand_out(flat_N, rows, name)
+        hand_out(logps_BS.flatten()[batch.where_N], [rows[i] for i in batch.rows], name)
+    exchange(rows, name, world)
+
+
+def batches_of(rows, config, world):
+    """This process's forwards for the rows, each its prompt and then its completion, which is what is trained."""
+    examples = [Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
+                for row in rows]
+    parts = micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
+                          config.micro_batch_tokens, world)
+    return [collate(examples, part, world.device) for part in parts]
 
 
 def hand_out(values_N, rows, name):
     """Sets values[name] of every row, in place, from the values of all their tokens, one row after another."""
-    for row, values_T in zip(rows, values_N.cpu().split([len(row.tokens_T) for row in rows])):
+    for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
         row.values[name] = values_T
 
 
-def row_example(row):
-    """The row as a sequence to train on: its prompt, then its completion, which is what is trained."""
-    return Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
+def exchange(rows, name, world):
+    """Brings values[name], set on one process for each row, to all processes and to the CPU."""
+    if rows:
+        values_N = torch.cat([row.values[name] if name in row.values else
+                              torch.zeros(len(row.tokens_T), device=world.device) for row in rows])
+        if dist.is_initialized():
+            dist.all_reduce(values_N)
+        hand_out(values_N.cpu(), rows, name)
 
 
 def consult(groups, policy, reference, teacher, pace, config, world):
     """Adds to the rows what stays as it is while they are trained on: log-probs of others, KL in advantages, TEA."""
-    rows = [row for group in groups for row in group.rows]
+    rows = rows_of(groups)
     if not rows:
         return
     if config.kl_in_reward or config.entropy_weighting == "tea":  # both need the policy's log-probs of every row,
@@ -1726,7 +1740,7 @@ def consult(groups, policy, reference, teacher, pace, config, world):
         add_logps(policy, foreign, "sampled", config, world)
     if reference is not None:
         add_logps(reference, rows, "reference", config, world)
-    if teacher is not None:
+    if teacher is not None and pace.kd_coef:  # --kd_schedule switch has an end
         add_logps(teacher, rows, "teacher", config, world)
     for group in groups:
         stuck = group.success() == 0
@@ -1747,8 +1761,7 @@ def consult(groups, policy, reference, teacher, pace, config, world):
 
 def pack(rows):
     """Rows as tensors that a checkpoint can hold: all that `Update` reads of them. `unpack` is the inverse."""
-    numbers = [[row.advantage, row.weight, row.kd_coef, float(row.demo)] for row in rows]
-    return {"numbers_RC": torch.tensor(numbers, dtype=torch.float64),
+    return {"numbers_RC": torch.tensor([row.numbers() for row in rows], dtype=torch.float64),
             "prompts_N": torch.tensor([token for row in rows for token in row.prompt]),
             "prompt_lengths_R": torch.tensor([len(row.prompt) for row in rows]),
             "tokens_N": torch.cat([row.tokens_T for row in rows]),
@@ -1771,7 +1784,7 @@ def unpack(tensors):
 
 def describe(groups, config):
     """The numbers logged about what one step sampled; TRL's names. README.md gives each one's formula."""
-    rows = [row for group in groups for row in group.rows]
+    rows = rows_of(groups)
     rewards = [[row.reward for row in group.rows] for group in groups]
     lengths_R = torch.tensor([float(len(row.tokens_T)) for row in rows])
     numbers = {"reward": np.mean([row.reward for row in rows]),
@@ -1790,15 +1803,14 @@ def describe(groups, config):
     return {name: float(value) for name, value in numbers.items()}
 
 
-def warn_of_silence(numbers, step, config, warned):
+def warn_of_silence(numbers, step, warned, world):
     """One line, once a run, where a step can teach nothing; returns what has been warned of."""
-    faults = {"all completions were cut off by --max_completion_length": numbers["completions/clipped_ratio"] == 1,
-              "in every group all completions got the same reward: the gradient is zero":
-                  numbers["frac_reward_zero_std"] == 1}
-    for fault, present in faults.items():
-        if present and fault not in warned:
+    faults = {"completions/clipped_ratio": "all completions were cut off by --max_completion_length",
+              "frac_reward_zero_std": "in every group all completions got the same reward: the gradient is zero"}
+    for name, fault in faults.items():
+        if numbers[name] == 1 and name not in warned and world.rank == 0:
             print(f"warning, step {step}: {fault}", file=sys.stderr)
-            warned = warned | {fault}
+            warned = warned | {name}
     return warned
 
 
@@ -1814,7 +1826,7 @@ class Update:
         self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
         self.fresh, self.config = fresh, config
         self.keeps = fresh and config.num_iterations > 1  # the sampling policy's log-probs, for the steps to come
-        self.examples = [row_example(row) for row in self.rows]
+        self.taught = any("teacher" in row.values for row in self.rows)
         self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
 
     def spread(self, name, rows, batch):
@@ -1833,8 +1845,8 @@ class Update:
                 hand_out(old_logps_BS.flatten()[batch.where_N], rows, "old")
         else:
             old_logps_BS = self.spread("old", rows, batch)
-        columns = [[row.advantage, row.weight, row.kd_coef, float(row.demo)] for row in rows] or [[0.0] * 4]
-        advantages_B, weights_B, kd_B, demo_B = torch.tensor(columns).to(logps_BS).unbind(1)
+        numbers_BC = torch.tensor([row.numbers() for row in rows] or [[0.0] * 4]).to(logps_BS)
+        advantages_B, weights_B, kd_B, demo_B = numbers_BC.unbind(1)
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
         gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
         own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
@@ -1849,7 +1861,7 @@ class Update:
             kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
             gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
             numbers["kl"] = kl_BS.detach().sum()
-        if config.kd_coef:
+        if self.taught:
             teacher_BS = self.spread("teacher", rows, batch)
             gain_BS = gain_BS - kd_B[:, None] * teacher_penalty(logps_BS, teacher_BS, config.kd_direction)
             numbers["kd/teacher_gap"] = ((logps_BS.detach() - teacher_BS) * batch.mask_BS).sum()
@@ -1859,17 +1871,10 @@ class Update:
 
 def update_policy(policy, optimizer, update, step, config, world):
     """One optimizer step on the rows of `update`: (numbers, taken)."""
-    parts = micro_batches([len(example.ids) for example in update.examples], config.per_device_train_batch_size,
-                          config.micro_batch_tokens, world)
+    batches = batches_of(update.rows, config, world)
+    numbers, taken = train_step(policy, optimizer, batches, update.loss_of, step, config, world)
     if update.keeps:
-        for row in update.rows:  # each process will fill in those of its own rows
-            row.values["old"] = torch.zeros(len(row.tokens_T))
-    numbers, taken = train_step(policy, optimizer, [collate(update.examples, part, world.device) for part in parts],
-                                update.loss_of, step, config, world)
-    if update.keeps and dist.is_initialized() and update.rows:
-        shared_N = torch.cat([row.values["old"] for row in update.rows]).to(world.device)
-        dist.all_reduce(shared_N)
-        hand_out(shared_N, update.rows, "old")
+        exchange(update.rows, "old", world)
     return numbers, taken
 
 
@@ -1879,16 +1884,13 @@ def update_policy(policy, optimizer, update, step, config, world):
 def check_config(config):
     """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
     clips = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 1.0)}
-    choices = {"loss_type": clips, "scale_rewards": ("auto", "group", "batch", "none"),
-               "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
-               "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
-               "hint_logps": ("auto", "hinted", "plain"), "subgoal_form": ("alone", "given"),
-               "entropy_weighting": ("uniform", "tea"),
-               "kd_direction": ("reverse", "forward"), "kd_schedule": ("constant", "anneal", "switch"),
-               "kd_rows": ("all", "wrong", "stuck")}
+    choices = {"loss_type": " ".join(clips), "scale_rewards": "auto group batch none", "baseline": "mean leave_one_out",
+               "arm": "level domain steps level,domain", "scaffold": "none hints egsr subgoals negatives",
+               "hint_logps": "auto hinted plain", "subgoal_form": "alone given", "entropy_weighting": "uniform tea",
+               "kd_direction": "reverse forward", "kd_schedule": "constant anneal switch", "kd_rows": "all wrong stuck"}
     for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+        if getattr(config, name) not in allowed.split():
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed.split())}")
     if config.sampler not in SAMPLERS and not config.sampler.startswith("yoked:") or config.sampler == "yoked":
         raise InputError(f"--sampler {config.sampler}: must be one of {', '.join(SAMPLERS)}:RUN")
     config.epsilon = config.epsilon or clips[config.loss_type][0]
@@ -1899,54 +1901,52 @@ def check_config(config):
         config.hint_logps = "plain" if config.scaffold == "egsr" else "hinted"
     usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
     config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
-    for name, low in {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1,
-                      "beta": 0, "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0,
-                      "cispo_max_weight": 0, "dump_window": 1,
-                      "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1, "budget_drops": 0,
-                      "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}.items():
+    lowest = {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1, "beta": 0,
+              "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0, "cispo_max_weight": 0,
+              "dump_window": 1, "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1,
+              "budget_drops": 0, "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}
+    for name, low in lowest.items():
         if not getattr(config, name) >= low:
             raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
     for name in ("sampler_rate", "horizon_gate", "horizon_review", "scaffold_exempt", "ref_model_mixup_alpha"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
-    if not config.temperature > 0:
-        raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
     for name in config.reward_funcs:
         if name not in REWARDS:
             raise InputError(f"--reward_funcs {name}: must be among {', '.join(REWARDS)}")
-    if config.reward_weights and len(config.reward_weights) != len(config.reward_funcs):
-        raise InputError(f"--reward_weights: {len(config.reward_weights)} weights for {len(config.reward_funcs)} "
-                         "functions")
+    for stage in config.stages:
+        fits = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", stage)
+        if not fits or int(fits[1]) > config.max_completion_length or int(fits[2]) < 2:
+            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
+                             "more): 64x8")
     check_combinations(config)
 
 
 def check_combinations(config):
     """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
-    for stage in config.stages:
-        fits = re.fullmatch(r"[1-9]\d*x[1-9]\d*", stage) and int(stage.split("x")[0]) <= config.max_completion_length
-        if not fits or int(stage.split("x")[1]) < 2:
-            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
-                             "more): 64x8")
-    if config.length_budget and (len(config.length_budget) != 2 or min(config.length_budget) < 1):
-        raise InputError(f"--length_budget {config.length_budget}: must be two numbers of tokens, first and last")
-    low, high = (config.knapsack_range + [0, 0])[:2]
-    if len(config.knapsack_range) != 2 or not 2 <= low <= config.num_generations <= high:
-        raise InputError(f"--knapsack_range {config.knapsack_range}: must be two numbers from 2, around "
-                         "--num_generations")
-    teacher, dynamic, hpt = config.teacher_model_name_or_path, config.sampler == "dynamic", config.hpt_gate >= 0
-    anchored, budget = config.ref_model_mixup_alpha > 0, config.length_budget
+    weights, functions, budget = config.reward_weights, config.reward_funcs, config.length_budget
+    low, high = config.knapsack_range if len(config.knapsack_range) == 2 else (0, 0)
+    teacher, anchored, hpt = config.teacher_model_name_or_path, config.ref_model_mixup_alpha > 0, config.hpt_gate >= 0
     faults = {
+        f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)":
+            not config.temperature > 0,
+        f"--reward_weights: {len(weights)} weights for {len(functions)} functions":
+            weights and len(weights) != len(functions),
+        f"--length_budget {budget}: must be two numbers of tokens, first and last":
+            budget and (len(budget) != 2 or min(budget) < 1),
+        f"--knapsack_range {config.knapsack_range}: must be two numbers from 2, around --num_generations":
+            not 2 <= low <= config.num_generations or high < config.num_generations and config.sampler == "knapsack",
         "--kd_coef needs --teacher_model_name_or_path": config.kd_coef and not teacher,
         "--teacher_model_name_or_path needs --kd_coef": teacher and not config.kd_coef,
         "--kl_in_reward needs --beta": config.kl_in_reward and not config.beta,
         "--ref_model_mixup_alpha needs --beta": anchored and not config.beta,
         "--ref_model_mixup_alpha: not with --fsdp": anchored and config.fsdp,
         "--entropy_weighting tea needs --entropy_coef": config.entropy_weighting == "tea" and not config.entropy_coef,
-        "--length_budget needs budget among --reward_funcs": budget and "budget" not in config.reward_funcs,
+        "--length_budget needs budget among --reward_funcs": budget and "budget" not in functions,
         "--hint_template must contain {prompt}": "{prompt}" not in config.hint_template,
         "--hint_template must contain {hint}": "{hint}" not in config.hint_template,
         "--hpt_gate: not with --scaffold, both act on prompts answered wrong": hpt and config.scaffold != "none",
-        "--hpt_gate: not with --sampler dynamic, which drops those prompts": hpt and dynamic,
+        "--hpt_gate: not with --sampler dynamic, which drops those prompts": hpt and config.sampler == "dynamic",
         "--scaffold subgoals: not with --hint_logps plain":
             config.scaffold == "subgoals" and config.hint_logps == "plain",
         "--sampler knapsack: not with --stages, both choose the group size":
@@ -2014,10 +2014,9 @@ def kept_tensors(rows, reference, midway, config):
 
 def restore(tensors, reference):
     """The inverse of `kept_tensors`: puts the anchor back, in place, and returns the rows."""
-    with torch.no_grad():
-        for name, weight in (reference.named_parameters() if reference is not None else ()):
-            if f"anchor.{name}" in tensors:
-                weight.copy_(tensors[f"anchor.{name}"])
+    for name, tensor in tensors.items():
+        if name.startswith("anchor."):
+            reference.get_parameter(name[7:]).data.copy_(tensor)
     return unpack(tensors) if "tokens_N" in tensors else []
 
 
@@ -2027,9 +2026,10 @@ def main(config):
     world = start_world(config)
     args = run_args(config, world)
     n_rows = args["rows_per_step"]
-    for stage in [f"--stages {stage}" for stage in config.stages] or [f"--num_generations {config.num_generations}"]:
-        if n_rows % int(re.findall(r"\d+", stage)[-1]):
-            raise InputError(f"{stage}: the group size must divide the {n_rows} rows of a step "
+    sizes = {f"--stages {stage}": int(stage.partition("x")[2]) for stage in config.stages}
+    for named, size in (sizes or {f"--num_generations {config.num_generations}": config.num_generations}).items():
+        if n_rows % size:
+            raise InputError(f"{named}: the group size must divide the {n_rows} rows of a step "
                              "(per_device_train_batch_size x gradient_accumulation_steps x processes)")
     resume, finished = on_rank_0(lambda: open_run(config, args), world)
     if finished:
@@ -2047,36 +2047,34 @@ def main(config):
     decoder = make_decoder(model, config)
     policy = distribute(Policy(model), config, world)
     optimizer = make_optimizer(policy, config)
-    state, rows = {"step": 0, "bad_steps": 0, "about": {}, "sampler": sampler.state, "rollouts": 0, "num_tokens": 0}, []
+    state, tensors = {"step": 0, "bad_steps": 0, "sampler": sampler.state, "rollouts": 0, "num_tokens": 0}, {}
     if resume:
         state, tensors = load_checkpoint(resume, policy, optimizer, config)
         sampler.state = state["sampler"]
     check_reference(reference, state, config)
-    if resume:
-        rows = restore(tensors, reference)
+    rows = restore(tensors, reference)
     actor, log = Actor(decoder, tokenizer, config, world), Log(run, config, world)
     stop, warned = StopSignal(), frozenset()
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
         number, iteration = divmod(step, config.num_iterations)
-        tokens_before = actor.tokens
         if iteration == 0:
             refresh(decoder, policy)
             actor.begin(number)
-            pace, before = pace_of(step, config), actor.rollouts
+            pace = pace_of(step, config)
             groups, sampled, numbers = collect(sampler, actor, problems, pace, n_rows, config)
             credit(groups, pace, n_rows, config)
             if config.hpt_gate >= 0:
                 numbers |= demonstrate(groups, problems, tokenizer, config)
             consult(groups, policy, reference, teacher, pace, config, world)
-            rows = [row for group in groups for row in group.rows]
+            rows = rows_of(groups)
             state["picked"] = [group.problem for group in groups]
-            state["rollouts"] += actor.rollouts - before
-            state["num_tokens"] += actor.tokens - tokens_before
+            state["rollouts"] += actor.rollouts
+            state["num_tokens"] += actor.tokens
             state["about"] = {**describe(sampled, config), **numbers, "rollouts": state["rollouts"],
                               "num_tokens": state["num_tokens"]}
-            warned = warn_of_silence(state["about"], step + 1, config, warned)
+            warned = warn_of_silence(state["about"], step + 1, warned, world)
             write_samples(run, step, sampled[0], problems, world)
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
         update = Update(rows, iteration == 0, config)
@@ -2091,7 +2089,7 @@ def main(config):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
         log.step(state["step"], numbers, ("reward", "eval/accuracy", "entropy", "clip_ratio", "frac_reward_zero_std",
                                           "completions/mean_length", "grad_norm"),
-                 actor.tokens - tokens_before or update.n_tokens, seconds)
+                 update.n_tokens if iteration else actor.tokens, seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             midway = state["step"] % config.num_iterations  # the rollouts are still needed

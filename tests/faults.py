@@ -131,7 +131,7 @@ def one_group(script, rows):
 
     def fewer(self, *arguments):
         update(self, *arguments)
-        self.rows, self.examples = self.rows[:rows], self.examples[:rows]
+        self.rows = self.rows[:rows]
 
     script.credit, script.Update.__init__ = crediting, fewer
 

@@ -183,9 +183,8 @@ def step_gradient(model, rows, c):
     model.zero_grad()
     update = Update(rows, True, c)
     policy, numbers = grpo.Policy(model), {}
-    for part in grpo.micro_batches([len(e.ids) for e in update.examples], c.per_device_train_batch_size,
-                                   c.micro_batch_tokens, ALONE):
-        loss, found = update.loss_of(policy, grpo.collate(update.examples, part, torch.device("cpu")))
+    for batch in grpo.batches_of(update.rows, c, ALONE):
+        loss, found = update.loss_of(policy, batch)
         loss.backward()
         for name, value in found.items():
             numbers[name] = numbers.get(name, 0) + float(value)
@@ -290,7 +289,8 @@ def test_rewards():
     right, wrong = row_of("37+5=42#42", 10, True), row_of("#41", 3)
     assert grpo.accuracy_reward(problem, right, pace, c) == 1 and grpo.accuracy_reward(problem, wrong, pace, c) == 0
     assert grpo.format_reward(problem, wrong, pace, c) == 1 and grpo.format_reward(problem, row_of("41"), pace, c) == 0
-    for text, marked in (("# Step 1\nIt is 41.", 0), ("# Step 1\n#### 41", 1), ("so \\boxed{41}", 1), ("<answer>41", 0)):
+    for text, marked in (("# Step 1\nIt is 41.", 0), ("# Step 1\n#### 41", 1), ("so \\boxed{41}", 1), ("<answer>41", 0),
+                         ("37+4=41#41\n", 1)):
         assert grpo.format_reward(problem, row_of(text), pace, c) == marked
     assert grpo.length_reward(problem, row_of("", 5), pace, c) == 0.75
 
@@ -407,6 +407,15 @@ def test_silence_is_said(tmp_path, cold_start, capsys):
     before, _ = load_model(str(cold_start))
     after, _ = load_model(str(tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_silence_is_said_by_one_process(capsys):
+    numbers = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 0.5}
+    assert grpo.warn_of_silence(numbers, 1, frozenset(), World(1, 2, "cpu")) == frozenset() and not capsys.readouterr().err
+    warned = grpo.warn_of_silence(numbers, 1, frozenset(), World(0, 2, "cpu"))
+    assert "cut off" in capsys.readouterr().err
+    grpo.warn_of_silence(numbers, 2, warned, World(0, 2, "cpu"))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -183,6 +183,12 @@ def test_knapsack_gives_out_what_there_is(rates):
     assert all(n == 8 for n, rate in zip(counts, rates) if rate is None)
 
 
+def test_the_range_of_the_knapsack_binds_no_other_sampler():
+    assert config(num_generations=128).num_generations == 128
+    with pytest.raises(InputError, match="--knapsack_range"):
+        config(num_generations=128, sampler="knapsack")
+
+
 def test_knapsack_trusts_a_rate_after_eight_completions_and_remembers_sixteen():
     sampler, pace = sampler_of("knapsack", ["a"] * 2)
     assert [n for _, n in sampler.pick(pace, 8)] == [4, 4]
@@ -232,8 +238,11 @@ def test_the_state_of_a_sampler_survives_json(kind):
 class Player:
     """Stands in for the policy: `answers(problem)` says how many of the completions asked for are right."""
 
-    def __init__(self, answers):
-        self.answers, self.asked, self.rollouts, self.tokens = answers, [], 0, 0
+    def __init__(self, answers, longest=1000):
+        self.answers, self.longest, self.asked, self.rollouts = answers, longest, [], 0
+
+    def fits(self, problem):
+        return len(problem.prompt) <= self.longest
 
     def sample(self, problems, counts, pace):
         self.asked += [[problem.prompt for problem in problems]] if problems else []
@@ -415,8 +424,8 @@ def gradient(model, rows, c):
     model.zero_grad()
     update = grpo.Update(rows, True, c)
     if update.rows:
-        loss, _ = update.loss_of(grpo.Policy(model), grpo.collate(update.examples, range(len(update.rows)), torch.device("cpu")))
-        loss.backward()
+        [batch] = grpo.batches_of(update.rows, c, ALONE)
+        update.loss_of(grpo.Policy(model), batch)[0].backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -492,7 +501,9 @@ def test_the_entropy_bonus_against_a_loop(tiny, weighting):
             at = logps[len(prompt) + t - 1]
             wanted -= 0.3 * rows[-1].weight * (float(weights_T[t]) if weighting == "tea" else 1) * float(-(at.exp() * at).sum())
     update = grpo.Update(rows, True, c)
-    found, _ = update.loss_of(grpo.Policy(model), grpo.collate(update.examples, [1, 0], torch.device("cpu")))
+    [batch] = grpo.batches_of(update.rows, c, ALONE)
+    found, _ = update.loss_of(grpo.Policy(model), batch)
+    assert batch.rows == [1, 0]  # longest first
     assert float(found.detach()) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -528,6 +539,24 @@ def test_a_group_without_a_right_completion_moves_nothing_unless_it_is_helped(ti
     assert moves(False, reward_funcs=["accuracy", "length"], shape_silent_groups=True)
 
 
+def test_a_teacher_whose_weight_has_fallen_to_0_is_not_asked(tiny):
+    model, tokenizer = tiny
+    c = config(kd_coef=0.1, teacher_model_name_or_path="tiny", kd_schedule="switch", max_steps=2)
+    policy, teacher = grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0])
+    asked = []
+    teacher.register_forward_hook(lambda *given: asked.append(1))
+    for step in (0, 1):
+        group, asked[:] = group_of(0, 2), []
+        for row in group.rows:
+            row.prompt = encode_prompt(tokenizer, "1+1=")
+        grpo.credit([group], grpo.pace_of(step, c), 4, c)
+        grpo.consult([group], policy, None, teacher, grpo.pace_of(step, c), c, ALONE)
+        update = grpo.Update(group.rows, True, c)
+        [batch] = grpo.batches_of(update.rows, c, ALONE)
+        loss, numbers = update.loss_of(policy, batch)
+        assert bool(asked) == ("kd/teacher_gap" in numbers) == (step == 0) and torch.isfinite(loss)
+
+
 # --- scaffolds ---
 
 
@@ -542,8 +571,16 @@ def test_hints_go_from_little_to_much_and_never_tell_the_answer():
     for problem in CHAIN:
         assert all(not grpo.gives_away(level, problem.answer) for level in grpo.hint_levels(problem))
         assert len(problem.subgoals) == 3
-    assert grpo.gives_away("so 42.", "42") and not grpo.gives_away("3.42, 142, 42.5", "42")
+    assert grpo.gives_away("so 42.", "42") and not grpo.gives_away("3.42, 142, 42.5, 42.05, 1,042", "42")
     assert [grpo.cut_solution(text) for text in ("a\nb\n#### 3", "x;y#3", None, "so \\boxed{3}")] == [["a\n", "b\n"], ["x;", "y"], [], ["so "]]
+    assert grpo.cut_solution("## Step 1\nadd\n#### 3") == ["## Step 1\n", "add\n"]  # a headline does not end it
+
+
+@pytest.mark.parametrize("text, answer", [("gets $11,000 for it", "11000"), ("it costs $12.00", "12"), ("12,345,678", "12345678"),
+                                          ("1000 in all", "1,000"), ("f(100,200)", "200")])
+def test_a_hint_may_not_write_the_answer_in_another_way(text, answer):
+    assert grpo.gives_away(text, answer)
+    assert grpo.hint_levels(Problem("q", answer, hints=("think", text))) == ["think"]
 
 
 def hinted(scaffold, solved_with, **flags):
@@ -558,11 +595,27 @@ def hinted(scaffold, solved_with, **flags):
 
 def test_the_least_help_that_works_takes_one_row():
     groups, player, numbers = hinted("hints", "|a b")
-    assert player.asked == [["q|a"], ["q|a b"]] and numbers == {"scaffold/asked": 1, "scaffold/solved": 1, "scaffold/level": 2}
+    assert player.asked == [["q|a"], ["q|a b"]] and numbers == {
+        "scaffold/asked": 1, "scaffold/solved": 1, "scaffold/level": 2, "scaffold/too_long": 0}
     assert [row.right for row in groups[0].rows] == [False, False, False, True]
     assert groups[0].rows[3].prompt == [ord(c) for c in "q|a b"]  # it is trained in the context it was sampled in
     assert sum(row.reward for row in groups[0].rows) == 1 and all(row.weight for row in groups[0].rows)
     assert all(row.prompt == [5] for row in groups[1].rows)  # the group that has a right one is left alone
+
+
+def test_help_that_makes_a_prompt_too_long_is_left_out_and_counted(tiny):
+    c, group, player = config(scaffold="hints", hint_template="{prompt}|{hint}"), group_of(0, 0), Player(lambda problem: 0, longest=3)
+    numbers = grpo.add_hints([group], player, [LADDER], grpo.pace_of(0, c), c)
+    assert player.asked == [["q|a"], ["q|c"]] and numbers["scaffold/too_long"] == 1  # not "q|a b"
+    c = config(scaffold="subgoals", subgoal_form="given", hint_template="{hint}{prompt}")
+    problem = Problem("3+4-2=", "5", "3+4=7;7-2=5#5", subgoals=(("3+4=", "7"),))
+    for longest, too_long in ((4, 0), (3, 1)):
+        group, player = group_of(0, 0), Player(lambda problem: 4, longest)
+        numbers = grpo.add_subgoals([group], player, [problem], grpo.pace_of(0, c), c)
+        assert numbers == {"scaffold/asked": 1, "scaffold/solved": 1 - too_long, "scaffold/too_long": too_long}
+        assert group.success() == 1 - too_long and player.rollouts == 4 * (1 - too_long)
+    actor = grpo.Actor(*tiny, config(max_prompt_length=len(encode_prompt(tiny[1], "1+1="))), ALONE)
+    assert actor.fits(Problem("1+1=", "2")) and not actor.fits(Problem("1+1=|2", "2"))
 
 
 def test_a_plain_row_is_trained_under_the_bare_prompt():
@@ -609,7 +662,7 @@ def test_subgoals_in_both_forms():
     c = config(scaffold="subgoals", subgoal_form="alone")
     groups, player = [group_of(0, 0), group_of(0, 1)], Player(lambda problem: 2)
     numbers = grpo.add_subgoals(groups, player, [problem], grpo.pace_of(0, c), c)
-    assert numbers == {"scaffold/asked": 1, "scaffold/solved": 1} and player.rollouts == 4
+    assert numbers == {"scaffold/asked": 1, "scaffold/solved": 1, "scaffold/too_long": 0} and player.rollouts == 4
     assert groups[0].success() == 0.5 and player.asked[0][0] in ("3+4=", "3+4-1=")
     for problem in CHAIN:
         for prompt, answer in problem.subgoals:
@@ -704,6 +757,14 @@ def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):
     for a, b in zip(*runs, strict=True):
         assert {k: v for k, v in a.items() if k.startswith("sampler/rollouts")} == {
             k: v for k, v in b.items() if k.startswith("sampler/rollouts")}
+
+
+@pytest.mark.parametrize("rows, arms", [(4, [1]), (8, [1, 1]), (16, [0, 1, 1, 1]), (64, [0] * 5 + [1] * 11)])
+def test_a_yoked_run_of_another_size_replays_the_shares(tmp_path, rows, arms):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"sampler/rollouts/a": 1, "sampler/rollouts/b": 2}) + "\n")
+    sampler = grpo.Yoked(["a", "b"], config(sampler=f"yoked:{tmp_path}", max_steps=1))
+    picks = sampler.pick(grpo.pace_of(0, sampler.config), rows)
+    assert [i for i, _ in picks] == arms and sum(n for _, n in picks) == rows
 
 
 def test_a_yoked_run_needs_lines_to_replay(tmp_path):

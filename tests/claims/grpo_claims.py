@@ -102,9 +102,6 @@ class Oracle(grpo.Uniform):
         worth = [0.01 + p * (1 - p) for p in (self.rates.get(name, 0.5) for name in self.names)]
         return [value / sum(worth) for value in worth]
 
-    def pick(self, pace, n_rows):
-        return self.by_shares(pace, n_rows)
-
 
 def oracle(out, seed, start):
     """An arm: the Oracle is told after every evaluation, at no cost in rollouts; at first all arms are alike."""
