@@ -1,7 +1,8 @@
 """Distillation: teachers trained to teach, and the other ways to move reasoning from one model into another.
 
---method rlt trains a teacher that reads a question q *and* its solution s and writes the explanation t. It never has
-to find the answer; its reward is what a frozen student makes of the explanation, alpha = .01, lambda = 3:
+--method rlt (Reinforcement-Learned Teachers, 2506.08388) trains a teacher that reads a question q *and* its solution s
+and writes the explanation t. It never has to find the answer; its reward is what a frozen student makes of the
+explanation, alpha = .01, lambda = 3:
 
     r = mean log p_student(s | q, t) + alpha * min log p_student(s | q, t)             did it make the solution clear?
         - lambda * (mean D + alpha * max D),  D = log p_teacher(t | q, s) - log p_student(t | q)    unaided, too?
@@ -12,9 +13,10 @@ The other methods train the student alone, with one loss over all trained tokens
 
     loss = [kd_weight * tau^2 * divergence(teacher, student at temperature tau) - (1 - kd_weight) * log p] / tokens
 
-logits: on given text (or the teacher's); on_policy: on the student's own samples; ssb: the teacher is the student
-itself with a right and a wrong attempt before its eyes; bootstrap: on its own samples that the checker passed
-(kd_weight 0), or, with --rounds, on latent thoughts drawn by how well they explain the solution.
+logits: on given text (or the teacher's); on_policy (GKD, 2306.13649): on the student's own samples; ssb (2512.05105):
+the teacher is the student itself with a right and a wrong attempt before its eyes; bootstrap (BOLT, 2502.03860), at
+kd_weight 0: on its own samples that the checker passed, or, with --rounds (2503.18866), on latent thoughts drawn by
+how well they explain the solution.
 Against the authors' code: texts meet as token ids and spans are counted, never searched, and the end of a turn stands
 for RLT's closing tag. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
 
@@ -453,8 +455,8 @@ def make_lessons(problems, tokenizer, config):
         lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
                               tokenizer(solution, add_special_tokens=False).input_ids))
     room = config.max_length - config.max_completion_length
-    kept = [lesson for lesson in lessons if lesson.solution and room >= max(
-        len(lesson.teacher_prompt), len(lesson.prompt + tags.before + tags.after + lesson.solution) + 1)]
+    kept = [lesson for lesson in lessons if lesson.solution
+            and max(len(lesson.teacher_prompt), len(lesson.prompt + retelling(lesson, [], tags))) <= room]
     if len(kept) < len(lessons):
         print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
               "or have an empty solution, and are left out")
@@ -468,10 +470,9 @@ def thought_of(rollouts, row):
     return rollouts.ids(row)[: -1 if rollouts.finished_R[row] else None]
 
 
-def scored_example(lesson, thought, tags):
-    """What the student reads of an explanation; marked are the thought and the solution, not the tags between."""
-    parts = [(lesson.prompt + tags.before, False), (thought, True), (tags.after, False), (lesson.solution, True)]
-    return Example([token for ids, _ in parts for token in ids], [mark for ids, mark in parts for _ in ids])
+def retelling(lesson, thought, tags):
+    """The ids with which a student thinks this thought and then says the solution: judged by them, trained on them."""
+    return tags.before + thought + tags.after + lesson.solution + [tags.end]
 
 
 class Trace(NamedTuple):
@@ -491,9 +492,9 @@ def trace_example(prompt, completion):
 
 def explained(lesson, thought, tags, tokenizer):
     """The Trace that teaches a student to think this thought and then say the solution."""
-    ids = tags.before + thought + tags.after + lesson.solution
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return Trace(lesson.problem.prompt, text, lesson.prompt, ids + [tags.end], lesson.prompt)
+    ids = retelling(lesson, thought, tags)
+    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    return Trace(lesson.problem.prompt, text, lesson.prompt, ids, lesson.prompt)
 
 
 def write_traces(run, traces):
@@ -775,11 +776,12 @@ def head_weight(model):
 
 def check_same_weights(frozen, state, flag, config):
     """InputError where the frozen model is no longer the one that this run began with."""
+    if config.fsdp:  # a process has but a part, which depends on how many they are
+        return
     digest = hashlib.sha256()
     for parameter in frozen.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        digest.update(local.cpu().view(torch.uint8).numpy().tobytes())
-    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest() and not config.fsdp:
+        digest.update(parameter.cpu().view(torch.uint8).numpy())
+    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest():
         raise InputError(f"{flag}: not the weights this run began with")
 
 
@@ -808,8 +810,9 @@ def restore_reference(reference, tensors):
     """Gives the reference the weights that reference_tensors had of it."""
     for name, weight in reference.named_parameters() if reference is not None else ():
         saved = tensors[name].to(weight.device)
-        weight.copy_(distribute_tensor(saved, weight.device_mesh, weight.placements) if isinstance(weight, DTensor)
-                     else saved)
+        if isinstance(weight, DTensor):
+            saved = distribute_tensor(saved, weight.device_mesh, weight.placements)
+        weight.copy_(saved)
 
 
 # --- run ---
@@ -1255,40 +1258,38 @@ def sample(decoder, tokenizer, prompts, n, number, config, world):
 
 
 @torch.no_grad()
-def score_rows(model, examples, n_scores, measure, config, world, temperature=1.0):
-    """measure(logps_BS, batch) -> n_scores tensors [B], for all examples: as many tensors [R], on every process."""
-    scores = torch.zeros(n_scores, len(examples), device=world.device)
-    for rows in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
-                              config.micro_batch_tokens, world):
+def token_logps(model, examples, config, world, temperature=1.0):
+    """Log-probs of every example's trained tokens, from its first one on, [R, T] with 0 behind, on every process."""
+    lengths, counts = [len(example.ids) for example in examples], [sum(example.trained[1:]) for example in examples]
+    logps_RT = torch.zeros(len(examples), max(counts), device=world.device)
+    for rows in micro_batches(lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world):
         batch = collate(examples, rows, world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
             logps_BS, _ = model(batch, temperature)
-        if rows:
-            scores[:, rows] = torch.stack(measure(logps_BS, batch))
+        found = logps_BS.flatten()[batch.where_N].split([counts[row] for row in rows])
+        for row, logps_N in zip(rows, found):
+            logps_RT[row, : len(logps_N)] = logps_N
     if dist.is_initialized():
-        dist.all_reduce(scores)  # each row was one process's, 0 on the others
-    return tuple(scores.cpu())
+        dist.all_reduce(logps_RT)  # each row was one process's, 0 on the others
+    return logps_RT.cpu()
 
 
 def score_explanations(student, lessons, rollouts, tags, config, world):
     """(understanding_R, implausibility_R) of the sampled explanations, rows of one lesson side by side.
 
-    The teacher's log-probs are those it sampled with; the student's come from one forward over what it would read.
+    The teacher's log-probs are those it sampled with; the student's come from one forward over what it would say.
     """
-    G = len(rollouts.lengths_R) // len(lessons)
-    thoughts = [thought_of(rollouts, row) for row in range(len(rollouts.lengths_R))]
-    examples = [scored_example(lessons[row // G], thought, tags) for row, thought in enumerate(thoughts)]
-
-    def measure(logps_BS, batch):
-        lengths = [len(thoughts[row]) for row in batch.rows]
-        n_B1 = torch.tensor(lengths, device=world.device)[:, None]
-        thought_BS = batch.mask_BS & (batch.mask_BS.cumsum(1) <= n_B1)  # the first marked tokens; the solution follows
-        sampled_N = torch.cat([rollouts.logps_RT[row, :n] for row, n in zip(batch.rows, lengths)]).to(logps_BS)
-        teacher_BS = torch.zeros_like(logps_BS).masked_scatter(thought_BS, sampled_N)
-        return (understanding(logps_BS, batch.mask_BS & ~thought_BS, config.rlt_alpha),
-                implausibility(teacher_BS, logps_BS, thought_BS, config.rlt_alpha))
-
-    return score_rows(student, examples, 2, measure, config, world, config.temperature)
+    G, examples, parts = len(rollouts.lengths_R) // len(lessons), [], []
+    for row in range(len(rollouts.lengths_R)):
+        lesson, thought = lessons[row // G], thought_of(rollouts, row)
+        examples.append(trace_example(lesson.prompt, retelling(lesson, thought, tags)))
+        parts.append(torch.tensor([0] * len(tags.before) + [1] * len(thought) + [0] * len(tags.after)
+                                  + [2] * len(lesson.solution) + [0]))
+    parts_RT = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # 1: the thought, 2: the solution
+    logps_RT, T = token_logps(student, examples, config, world, config.temperature), parts_RT.shape[1]
+    teacher_RT = nn.functional.pad(rollouts.logps_RT, (len(tags.before), T))[:, :T]  # thought above thought
+    return (understanding(logps_RT, parts_RT == 2, config.rlt_alpha),
+            implausibility(teacher_RT, logps_RT, parts_RT == 1, config.rlt_alpha))
 
 
 def rlt_traces(sampler, tokenizer, problems, config, world):
@@ -1396,7 +1397,7 @@ def em_traces(sampler, tokenizer, problems, config, world):
     texts = rollouts.texts(tokenizer)
     priors = [explained(lessons[row // G], thought_of(rollouts, row), tags, tokenizer) for row in range(len(texts))]
     examples = [trace_example(trace.prompt_ids, trace.completion_ids) for trace in priors]
-    joint_R, = score_rows(Learner(sampler), examples, 1, lambda logps_BS, batch: (logps_BS.sum(1),), config, world)
+    joint_R = token_logps(Learner(sampler), examples, config, world).sum(1)
     joint_R = joint_R.masked_fill(~rollouts.finished_R, -math.inf)  # a thought without an end is none
     said_RT = torch.arange(rollouts.logps_RT.shape[1]) < rollouts.lengths_R[:, None]
     proposal_R = (rollouts.logps_RT * said_RT).sum(1)
