@@ -1,7 +1,8 @@
 """Distillation: teachers trained to teach, and the other ways to move reasoning from one model into another.
 
---method rlt trains a teacher that reads a question q *and* its solution s and writes the explanation t. It never has
-to find the answer; its reward is what a frozen student makes of the explanation, alpha = .01, lambda = 3:
+--method rlt (Reinforcement-Learned Teachers, 2506.08388) trains a teacher that reads a question q *and* its solution s
+and writes the explanation t. It never has to find the answer; its reward is what a frozen student makes of the
+explanation, alpha = .01, lambda = 3:
 
     r = mean log p_student(s | q, t) + alpha * min log p_student(s | q, t)             did it make the solution clear?
         - lambda * (mean D + alpha * max D),  D = log p_teacher(t | q, s) - log p_student(t | q)    unaided, too?
@@ -12,9 +13,10 @@ The other methods train the student alone, with one loss over all trained tokens
 
     loss = [kd_weight * tau^2 * divergence(teacher, student at temperature tau) - (1 - kd_weight) * log p] / tokens
 
-logits: on given text (or the teacher's); on_policy: on the student's own samples; ssb: the teacher is the student
-itself with a right and a wrong attempt before its eyes; bootstrap: on its own samples that the checker passed
-(kd_weight 0), or, with --rounds, on latent thoughts drawn by how well they explain the solution.
+logits: on given text (or the teacher's); on_policy (GKD, 2306.13649): on the student's own samples; ssb (2512.05105):
+the teacher is the student itself with a right and a wrong attempt before its eyes; bootstrap (BOLT, 2502.03860), at
+kd_weight 0: on its own samples that the checker passed, or, with --rounds (2503.18866), on latent thoughts drawn by
+how well they explain the solution.
 Against the authors' code: texts meet as token ids and spans are counted, never searched, and the end of a turn stands
 for RLT's closing tag. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
 
@@ -423,31 +425,6 @@ class Lesson(NamedTuple):
     solution: list  # the solution, without an end
 
 
-def known_solution(problem, config):
-    """The text that teacher and student both know as the problem's solution."""
-    values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
-    return fill(config.solution_template, "", values)
-
-
-def make_lessons(problems, tokenizer, config):
-    """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
-    lessons = []
-    for problem in problems:
-        solution = known_solution(problem, config)
-        told = fill(config.teacher_template, problem.prompt, {"solution": solution})
-        lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
-                              tokenizer(solution, add_special_tokens=False).input_ids))
-    spare = config.max_length - config.max_completion_length
-    kept = [lesson for lesson in lessons if lesson.solution
-            and max(len(lesson.teacher_prompt), len(lesson.prompt) + len(lesson.solution)) <= spare]
-    if len(kept) < len(lessons):
-        print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
-              "or have an empty solution, and are left out")
-    if not kept:
-        raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
-    return kept
-
-
 class Tags(NamedTuple):
     """The token ids around a thought."""
 
@@ -463,24 +440,49 @@ def make_tags(tokenizer, config):
     return Tags(before, after, end_of_turn(tokenizer))
 
 
+def known_solution(problem, config):
+    """The text that teacher and student both know as the problem's solution."""
+    values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
+    return fill(config.solution_template, "", values)
+
+
+def make_lessons(problems, tokenizer, config):
+    """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
+    lessons, tags = [], make_tags(tokenizer, config)
+    for problem in problems:
+        solution = known_solution(problem, config)
+        told = fill(config.teacher_template, problem.prompt, {"solution": solution})
+        lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
+                              tokenizer(solution, add_special_tokens=False).input_ids))
+    room = config.max_length - config.max_completion_length
+    kept = [lesson for lesson in lessons if lesson.solution
+            and max(len(lesson.teacher_prompt), len(lesson.prompt + retelling(lesson, [], tags))) <= room]
+    if len(kept) < len(lessons):
+        print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
+              "or have an empty solution, and are left out")
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
+    return kept
+
+
 def thought_of(rollouts, row):
     """A sampled explanation's token ids, without the token that ended it."""
     return rollouts.ids(row)[: -1 if rollouts.finished_R[row] else None]
 
 
-def scored_example(lesson, thought, tags):
-    """What the student reads of an explanation; marked are the thought and the solution, not the tags between."""
-    parts = [(lesson.prompt + tags.before, False), (thought, True), (tags.after, False), (lesson.solution, True)]
-    return Example([token for ids, _ in parts for token in ids], [mark for ids, mark in parts for _ in ids])
+def retelling(lesson, thought, tags):
+    """The ids with which a student thinks this thought and then says the solution: judged by them, trained on them."""
+    return tags.before + thought + tags.after + lesson.solution + [tags.end]
 
 
 class Trace(NamedTuple):
-    """A completion to train on, and the two contexts it is read in."""
+    """A completion to train on and the two contexts it is read in, as a row of traces.jsonl; sft.py reads the texts."""
 
-    question: str | list  # as the data has it
-    prompt: list  # the student's context, token ids
-    completion: list  # token ids, the end included unless it was cut off
-    teacher_prompt: list  # the teacher's context
+    prompt: str | list  # as the data has it
+    completion: str  # without an end
+    prompt_ids: list  # the student's context
+    completion_ids: list  # the end included, unless the completion was cut off
+    teacher_prompt_ids: list  # the teacher's context
 
 
 def trace_example(prompt, completion):
@@ -488,28 +490,22 @@ def trace_example(prompt, completion):
     return Example(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
 
-def explained(lesson, thought, tags):
+def explained(lesson, thought, tags, tokenizer):
     """The Trace that teaches a student to think this thought and then say the solution."""
-    completion = tags.before + thought + tags.after + lesson.solution + [tags.end]
-    return Trace(lesson.problem.prompt, lesson.prompt, completion, lesson.prompt)
+    ids = retelling(lesson, thought, tags)
+    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    return Trace(lesson.problem.prompt, text, lesson.prompt, ids, lesson.prompt)
 
 
-def write_traces(run, traces, tokenizer):
-    """traces.jsonl: a row a trace, which sft.py can train on, with the token ids that this script reads back."""
-    with open(run / "traces.tmp", "w") as file:
-        for trace in traces:
-            ended = trace.completion[-1] in tokenizer.all_special_ids
-            text = tokenizer.decode(trace.completion[: -1 if ended else None], clean_up_tokenization_spaces=False)
-            file.write(json.dumps({"prompt": trace.question, "completion": text, "prompt_ids": trace.prompt,
-                                   "completion_ids": trace.completion,
-                                   "teacher_prompt_ids": trace.teacher_prompt}) + "\n")
+def write_traces(run, traces):
+    """Writes traces.jsonl, the whole file or none."""
+    (run / "traces.tmp").write_text("".join(json.dumps(trace._asdict()) + "\n" for trace in traces))
     os.replace(run / "traces.tmp", run / "traces.jsonl")
 
 
-def read_traces(path):
+def read_traces(run):
     """What write_traces wrote."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Trace(row["prompt"], row["prompt_ids"], row["completion_ids"], row["teacher_prompt_ids"]) for row in rows]
+    return [Trace(**json.loads(line)) for line in (run / "traces.jsonl").read_text().splitlines()]
 
 
 def rows_of_step(n_rows, rows_per_step, step, seed):
@@ -781,11 +777,12 @@ def head_weight(model):
 
 def check_same_weights(frozen, state, flag, config):
     """InputError where the frozen model is no longer the one that this run began with."""
+    if config.fsdp:  # a process has but a part, which depends on how many they are
+        return
     digest = hashlib.sha256()
     for parameter in frozen.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        digest.update(local.cpu().view(torch.uint8).numpy().tobytes())
-    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest() and not config.fsdp:
+        digest.update(parameter.cpu().view(torch.uint8).numpy())
+    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest():
         raise InputError(f"{flag}: not the weights this run began with")
 
 
@@ -814,8 +811,9 @@ def restore_reference(reference, tensors):
     """Gives the reference the weights that reference_tensors had of it."""
     for name, weight in reference.named_parameters() if reference is not None else ():
         saved = tensors[name].to(weight.device)
-        weight.copy_(distribute_tensor(saved, weight.device_mesh, weight.placements) if isinstance(weight, DTensor)
-                     else saved)
+        if isinstance(weight, DTensor):
+            saved = distribute_tensor(saved, weight.device_mesh, weight.placements)
+        weight.copy_(saved)
 
 
 # --- run ---
@@ -1260,53 +1258,54 @@ def sample(decoder, tokenizer, prompts, n, number, config, world):
 
 
 @torch.no_grad()
-def score_rows(model, examples, n_scores, measure, config, world, temperature=1.0):
-    """measure(logps_BS, batch) -> n_scores tensors [B], for all examples: as many tensors [R], on every process."""
-    scores = torch.zeros(n_scores, len(examples), device=world.device)
-    for rows in micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
-                              config.micro_batch_tokens, world):
+def token_logps(model, examples, config, world, temperature=1.0):
+    """Log-probs of every example's trained tokens, from its first one on, [R, T] with 0 behind, on every process."""
+    lengths, counts = [len(example.ids) for example in examples], [sum(example.trained[1:]) for example in examples]
+    logps_RT = torch.zeros(len(examples), max(counts), device=world.device)
+    for rows in micro_batches(lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world):
         batch = collate(examples, rows, world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
             logps_BS, _ = model(batch, temperature)
-        if rows:
-            scores[:, rows] = torch.stack(measure(logps_BS, batch))
+        found = logps_BS.flatten()[batch.where_N].split([counts[row] for row in rows])
+        for row, logps_N in zip(rows, found):
+            logps_RT[row, : len(logps_N)] = logps_N
     if dist.is_initialized():
-        dist.all_reduce(scores)  # each row was one process's, 0 on the others
-    return tuple(scores.cpu())
+        dist.all_reduce(logps_RT)  # each row was one process's, 0 on the others
+    return logps_RT.cpu()
 
 
 def score_explanations(student, lessons, rollouts, tags, config, world):
     """(understanding_R, implausibility_R) of the sampled explanations, rows of one lesson side by side.
 
-    The teacher's log-probs are those it sampled with; the student's come from one forward over what it would read.
+    The teacher's log-probs are those it sampled with; the student's come from one forward over what it would say.
     """
-    G = len(rollouts.lengths_R) // len(lessons)
-    thoughts = [thought_of(rollouts, row) for row in range(len(rollouts.lengths_R))]
-    examples = [scored_example(lessons[row // G], thought, tags) for row, thought in enumerate(thoughts)]
-
-    def measure(logps_BS, batch):
-        lengths = [len(thoughts[row]) for row in batch.rows]
-        n_B1 = torch.tensor(lengths, device=world.device)[:, None]
-        thought_BS = batch.mask_BS & (batch.mask_BS.cumsum(1) <= n_B1)  # the first marked tokens; the solution follows
-        sampled_N = torch.cat([rollouts.logps_RT[row, :n] for row, n in zip(batch.rows, lengths)]).to(logps_BS)
-        teacher_BS = torch.zeros_like(logps_BS).masked_scatter(thought_BS, sampled_N)
-        return (understanding(logps_BS, batch.mask_BS & ~thought_BS, config.rlt_alpha),
-                implausibility(teacher_BS, logps_BS, thought_BS, config.rlt_alpha))
-
-    return score_rows(student, examples, 2, measure, config, world, config.temperature)
+    G, examples, parts = len(rollouts.lengths_R) // len(lessons), [], []
+    for row in range(len(rollouts.lengths_R)):
+        lesson, thought = lessons[row // G], thought_of(rollouts, row)
+        examples.append(trace_example(lesson.prompt, retelling(lesson, thought, tags)))
+        parts.append(torch.tensor([0] * len(tags.before) + [1] * len(thought) + [0] * len(tags.after)
+                                  + [2] * len(lesson.solution) + [0]))
+    parts_RT = nn.utils.rnn.pad_sequence(parts, batch_first=True)  # 1: the thought, 2: the solution
+    logps_RT, T = token_logps(student, examples, config, world, config.temperature), parts_RT.shape[1]
+    teacher_RT = nn.functional.pad(rollouts.logps_RT, (len(tags.before), T))[:, :T]  # thought above thought
+    return (understanding(logps_RT, parts_RT == 2, config.rlt_alpha),
+            implausibility(teacher_RT, logps_RT, parts_RT == 1, config.rlt_alpha))
 
 
 def rlt_traces(sampler, tokenizer, problems, config, world):
     """One explanation of every problem by the teacher, as it wrote it: no choice, no rewriting, no check."""
     lessons, tags = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config)
     rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], 1, 0, config, world)
-    traces = [explained(lesson, thought_of(rollouts, row), tags) for row, lesson in enumerate(lessons)]
+    traces = [explained(lesson, thought_of(rollouts, row), tags, tokenizer) for row, lesson in enumerate(lessons)]
     return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
 
 
-def verdicts(texts, answers, world):
-    """Is each text's answer right? Decided on one process for all: a checker with a deadline may differ elsewhere."""
-    return on_rank_0(lambda: [verify(text, answer) for text, answer in zip(texts, answers, strict=True)], world)
+def attempts(sampler, tokenizer, prompts, answers, n, number, config, world):
+    """n samples of every prompt, as Rollouts, as texts, and for each whether it comes to the prompt's answer."""
+    rollouts = sample(sampler, tokenizer, prompts, n, number, config, world)
+    texts, wanted = rollouts.texts(tokenizer), [answer for answer in answers for _ in range(n)]
+    right = on_rank_0(lambda: list(map(verify, texts, wanted)), world)  # its deadline may fall otherwise elsewhere
+    return rollouts, texts, right
 
 
 def right_and_wrong(texts, passed):
@@ -1327,17 +1326,16 @@ def ssb_traces(sampler, tokenizer, problems, config, world):
 
     Source: semantic soft bootstrapping 2512.05105; its end-of-turn token is trained here, or nothing would stop.
     """
-    G, prompts = config.num_generations, [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-    texts = sample(sampler, tokenizer, prompts, G, 0, config, world).texts(tokenizer)
-    right_R = verdicts(texts, [problem.answer for problem in problems for _ in range(G)], world)
-    found = [right_and_wrong(texts[i : i + G], right_R[i : i + G]) for i in range(0, len(texts), G)]
-    mixed = [i for i, (right, wrong) in enumerate(found) if right is not None and wrong is not None]
+    G, answers = config.num_generations, [problem.answer for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    _, texts, right = attempts(sampler, tokenizer, prompts, answers, G, 0, config, world)
+    found = [right_and_wrong(texts[i : i + G], right[i : i + G]) for i in range(0, len(texts), G)]
+    mixed = [i for i, pair in enumerate(found) if None not in pair]
     hinted = [encode_prompt(tokenizer, fill(config.hint_template, problems[i].prompt,
                                             dict(zip(("right", "wrong"), found[i])))) for i in mixed]
-    rollouts = sample(sampler, tokenizer, hinted, 1, 1, config, world)
-    passed = verdicts(rollouts.texts(tokenizer), [problems[i].answer for i in mixed], world)
-    traces = [Trace(problems[i].prompt, prompts[i], rollouts.ids(row), hinted[row])
-              for row, i in enumerate(mixed) if passed[row] and rollouts.finished_R[row]]
+    rollouts, texts, right = attempts(sampler, tokenizer, hinted, [answers[i] for i in mixed], 1, 1, config, world)
+    traces = [Trace(problems[i].prompt, texts[row], prompts[i], rollouts.ids(row), hinted[row])
+              for row, i in enumerate(mixed) if right[row] and rollouts.finished_R[row]]
     return traces, {"data/mixed": len(mixed) / len(problems), "data/kept": len(traces) / len(problems)}
 
 
@@ -1352,13 +1350,14 @@ def read_demonstrations(path):
     return pairs
 
 
-def with_demonstrations(prompt, shown):
+def with_demonstrations(tokenizer, prompt, pairs):
     """The prompt after worked examples (prompt, completion), all texts: turns of a chat, or lines of text."""
-    if isinstance(prompt, str):
-        return "".join(f"{question}{answer}\n" for question, answer in shown) + prompt
-    turns = [message for question, answer in shown for message in (
-        {"role": "user", "content": question}, {"role": "assistant", "content": answer})]
-    return turns + prompt
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return "".join(f"{question}{answer}\n" for question, answer in pairs) + prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    n_system = int(messages[0]["role"] == "system")  # which must stay first
+    return messages[:n_system] + turns + messages[n_system:]
 
 
 def bootstrap_traces(sampler, tokenizer, problems, config, world):
@@ -1366,27 +1365,22 @@ def bootstrap_traces(sampler, tokenizer, problems, config, world):
 
     Source: BOLT 2502.03860 stages 1 and 2; the budget as an input that SFT makes a control: 2506.02338.
     """
-    shown = [[]] * len(problems)
-    if config.demonstrations:
-        pairs = read_demonstrations(config.demonstrations)
-        shown = [[pairs[j] for j in np.random.default_rng([config.seed, i]).permutation(len(pairs))[: config.n_shots]]
-                 for i in range(len(problems))]
-    asked = [problem.prompt for problem in problems]
-    if tokenizer.chat_template:
-        asked = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
-    prompts = [encode_prompt(tokenizer, with_demonstrations(*pair)) for pair in zip(asked, shown)]
+    pairs, prompts = read_demonstrations(config.demonstrations) if config.demonstrations else [], []
+    for i, problem in enumerate(problems):
+        shown = np.random.default_rng([config.seed, i]).permutation(len(pairs))[: config.n_shots]
+        asked = with_demonstrations(tokenizer, problem.prompt, [pairs[j] for j in shown])
+        prompts.append(encode_prompt(tokenizer, asked))
     G, traces = config.num_generations, []
-    rollouts = sample(sampler, tokenizer, prompts, G, 0, config, world)
+    answers, longest = [problem.answer for problem in problems], config.max_thought_tokens or math.inf
+    rollouts, texts, right = attempts(sampler, tokenizer, prompts, answers, G, 0, config, world)
     lengths = rollouts.lengths_R.tolist()
-    right_R = verdicts(rollouts.texts(tokenizer), [problem.answer for problem in problems for _ in range(G)], world)
     for i, problem in enumerate(problems):
         for row in range(i * G, (i + 1) * G):
-            fits = config.min_thought_tokens <= lengths[row] <= (config.max_thought_tokens or math.inf)
-            if fits and rollouts.finished_R[row] and right_R[row]:
-                budget = {"budget": str(1 << (lengths[row] - 1).bit_length())}
+            if right[row] and rollouts.finished_R[row] and config.min_thought_tokens <= lengths[row] <= longest:
+                budget = {"budget": str(1 << (lengths[row] - 1).bit_length())}  # the next power of two
                 question = fill(config.budget_template, problem.prompt, budget)
                 ids = encode_prompt(tokenizer, question)
-                traces.append(Trace(question, ids, rollouts.ids(row), ids))
+                traces.append(Trace(question, texts[row], ids, rollouts.ids(row), ids))
                 break
     return traces, {"data/kept": len(traces) / len(problems)}
 
@@ -1400,23 +1394,25 @@ def em_traces(sampler, tokenizer, problems, config, world):
     """
     lessons, tags, G = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config), config.num_generations
     rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], G, 0, config, world)
-    traces = [explained(lessons[row // G], thought_of(rollouts, row), tags) for row in range(len(lessons) * G)]
-    examples = [trace_example(trace.prompt, trace.completion) for trace in traces]
-    joint_R, = score_rows(Learner(sampler), examples, 1, lambda logps_BS, batch: (logps_BS.sum(1),), config, world)
+    texts = rollouts.texts(tokenizer)
+    priors = [explained(lessons[row // G], thought_of(rollouts, row), tags, tokenizer) for row in range(len(texts))]
+    examples = [trace_example(trace.prompt_ids, trace.completion_ids) for trace in priors]
+    joint_R = token_logps(Learner(sampler), examples, config, world).sum(1)
     joint_R = joint_R.masked_fill(~rollouts.finished_R, -math.inf)  # a thought without an end is none
-    T = rollouts.logps_RT.shape[1]
-    proposal_R = (rollouts.logps_RT * (torch.arange(T) < rollouts.lengths_R[:, None])).sum(1)
+    said_RT = torch.arange(rollouts.logps_RT.shape[1]) < rollouts.lengths_R[:, None]
+    proposal_R = (rollouts.logps_RT * said_RT).sum(1)
     weights_PG, elbo_P = thought_weights(joint_R.view(-1, G), proposal_R.view(-1, G))
-    rng, chosen = np.random.default_rng([config.seed, 2]), []
+    rng, traces = np.random.default_rng([config.seed, 2]), []
     for i, lesson in enumerate(lessons):
-        point, prior = rng.random(2)
+        point, order = rng.random(2)
         if weights_PG[i].sum() > 0:
             row = i * G + min(int(torch.searchsorted(weights_PG[i].cumsum(0), point)), G - 1)
-            posterior = Trace(lesson.problem.prompt, lesson.teacher_prompt, rollouts.ids(row), lesson.teacher_prompt)
-            chosen.append(traces[row] if prior < 0.5 else posterior)
+            posterior = Trace(lesson.problem.prompt, texts[row], lesson.teacher_prompt, rollouts.ids(row),
+                              lesson.teacher_prompt)
+            traces.append(priors[row] if order < 0.5 else posterior)
     known = elbo_P[elbo_P.isfinite()]
     elbo = float(known.mean()) if len(known) else -math.inf
-    return chosen, {"data/kept": len(chosen) / len(lessons), "data/elbo": elbo}
+    return traces, {"data/kept": len(traces) / len(lessons), "data/elbo": elbo}
 
 
 def teacher_traces(sampler, tokenizer, rows, config, world):
@@ -1425,8 +1421,9 @@ def teacher_traces(sampler, tokenizer, rows, config, world):
     questions = pruned(questions, config)[: config.n_traces or None]
     prompts = [encode_prompt(tokenizer, question) for question in questions]
     rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world)
-    found = [Trace(questions[i], prompt, rollouts.ids(i), prompt) for i, prompt in enumerate(prompts)]
-    return found, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+    traces = [Trace(question, text, prompt, rollouts.ids(row), prompt)
+              for row, (question, text, prompt) in enumerate(zip(questions, rollouts.texts(tokenizer), prompts))]
+    return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
 
 
 def question_of(row, where):
@@ -1488,18 +1485,22 @@ class Reinforce:
         rewards_PG = (clear_R - config.rlt_lambda * forced_R - config.format_penalty * cut_R).view(-1, G)
         if not rewards_PG.isfinite().all():
             raise RunError("the student gave an explanation a log-probability that is not finite")
-        self.advantages_R = group_advantages(rewards_PG, "group").flatten()
-        moves_R = (self.advantages_R != 0) | bool(config.beta)  # without advantage and KL the gradient is zero
-        self.rows = moves_R.nonzero()[:, 0].tolist()
+        advantages_R = group_advantages(rewards_PG, "group").flatten()
+        moves_R = (advantages_R != 0) | bool(config.beta)  # without advantage and KL the gradient is zero
+        self.rows, self.n_rows = moves_R.nonzero()[:, 0].tolist(), len(moves_R)
+        self.advantages = advantages_R[self.rows]
         self.examples = [trace_example(lessons_P[row // G].teacher_prompt, rollouts.ids(row)) for row in self.rows]
-        self.lengths, self.n_tokens = [len(e.ids) for e in self.examples], int(rollouts.lengths_R.sum())
-        lengths_R = rollouts.lengths_R.float()
+        self.lengths = [len(example.ids) for example in self.examples]
+        self.n_tokens = int(rollouts.lengths_R[self.rows].sum())
         numbers = {"reward": rewards_PG.mean(), "reward_std": rewards_PG.std(1).mean(),
                    "frac_reward_zero_std": silent_groups(rewards_PG).float().mean(),
                    "rewards/understanding/mean": clear_R.mean(), "rewards/implausibility/mean": forced_R.mean(),
-                   "completions/mean_length": lengths_R.mean(), "completions/clipped_ratio": cut_R.float().mean()}
+                   "completions/mean_length": rollouts.lengths_R.float().mean(),
+                   "completions/clipped_ratio": cut_R.float().mean()}
+        texts = self.tokenizer.batch_decode([thought_of(rollouts, row) for row in range(2)],
+                                            clean_up_tokenization_spaces=False)
         self.samples = [{"prompt": lessons_P[0].problem.prompt, "completion": text, "reward": float(reward)}
-                        for text, reward in zip(rollouts.texts(self.tokenizer)[:2], rewards_PG[0])]
+                        for text, reward in zip(texts, rewards_PG[0])]
         return picked, {name: float(value) for name, value in numbers.items()}
 
     def loss_of(self, policy, batch):
@@ -1507,15 +1508,14 @@ class Reinforce:
         config = self.config
         logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
         advantages_B = logps_BS.new_zeros(len(batch.mask_BS))  # a batch without rows has one that trains nothing
-        advantages_B[: len(batch.rows)] = self.advantages_R[[self.rows[i] for i in batch.rows]].to(logps_BS)
+        advantages_B[: len(batch.rows)] = self.advantages[batch.rows].to(logps_BS)
         numbers, reference_logps_BS = {"entropy": entropy_BS.detach().sum() / self.n_tokens}, None
         if self.reference is not None:
             with torch.no_grad():
                 reference_logps_BS, _ = self.reference(batch, config.temperature)
             kl_BS = kl_k3(logps_BS.detach(), reference_logps_BS)
             numbers["kl"] = (kl_BS * batch.mask_BS).sum() / self.n_tokens
-        loss = teacher_loss(logps_BS, reference_logps_BS, advantages_B, batch.mask_BS, config.beta,
-                            len(self.advantages_R))
+        loss = teacher_loss(logps_BS, reference_logps_BS, advantages_B, batch.mask_BS, config.beta, self.n_rows)
         return loss, numbers
 
 
@@ -1533,11 +1533,11 @@ class Imitate:
         elif config.method == "on_policy" or config.method == "logits" and config.completions == "dataset":
             self.pool = pruned(make_examples(load_rows(config), tokenizer, config), config)
         else:
-            self.traces = read_traces(Path(config.output_dir) / "traces.jsonl") if resume else self.make_traces()
-            self.pool = [trace_example(trace.prompt, trace.completion) for trace in self.traces]
+            self.traces = read_traces(Path(config.output_dir)) if resume else self.make_traces()
+            self.pool = [trace_example(trace.prompt_ids, trace.completion_ids) for trace in self.traces]
         self.teacher_pool = self.pool
-        if self.traces and any(trace.teacher_prompt != trace.prompt for trace in self.traces):
-            self.teacher_pool = [trace_example(trace.teacher_prompt, trace.completion) for trace in self.traces]
+        if config.method == "ssb":  # the one teacher that reads more than the student
+            self.teacher_pool = [trace_example(trace.teacher_prompt_ids, trace.completion_ids) for trace in self.traces]
         self.data = [self.pool, self.teacher_pool]
         if config.method == "on_policy" and not all(map(prompt_of, self.pool)):
             raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
@@ -1552,32 +1552,31 @@ class Imitate:
 
     def make_traces(self):
         """The traces of this stage, sampled by the teacher or what takes its place; InputError where none is left."""
-        config, tokenizer, world = self.config, self.tokenizer, self.world
-        sampler = load_other("teacher_model_name_or_path", tokenizer, config, world)
+        config, tokenizer = self.config, self.tokenizer
+        sampler = load_other("teacher_model_name_or_path", tokenizer, config, self.world)
         if config.method == "logits":
-            traces, self.about = teacher_traces(sampler, tokenizer, load_rows(config), config, world)
+            make, data = teacher_traces, load_rows(config)
         else:
-            problems = load_train_problems(config)[: config.n_traces or None]
             make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces}[config.method]
-            make = em_traces if config.rounds else make
-            traces, self.about = make(sampler, tokenizer, problems, config, world)
+            make, data = em_traces if config.rounds else make, load_train_problems(config)[: config.n_traces or None]
+        traces, self.about = make(sampler, tokenizer, data, config, self.world)
         largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
-        kept = [trace for trace in traces if max(trace.completion) <= largest
-                and max(map(len, (trace.prompt, trace.teacher_prompt))) + len(trace.completion) <= config.max_length]
+        kept = [trace for trace in traces if max(trace.completion_ids) <= largest
+                and max(len(trace.prompt_ids), len(trace.teacher_prompt_ids)) + len(trace.completion_ids)
+                <= config.max_length]
+        about = ", ".join(f"{name} {value:.4g}" for name, value in self.about.items())
         if not kept:
-            raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on "
-                             f"({', '.join(f'{name} {value:.3g}' for name, value in self.about.items())})")
+            raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on ({about})")
+        if self.world.rank == 0:
+            print(f"{len(kept)} of {len(traces)} traces: {about}")
         self.about["data/traces"] = len(kept)
-        if world.rank == 0:
-            print(f"{len(kept)} of {len(traces)} traces: "
-                  + ", ".join(f"{name} {value:.4g}" for name, value in self.about.items()))
         return kept
 
     def begin(self, step, decoder):
         """Chooses the rows of step `step`, sampling those that are the student's: (their indices, numbers to log)."""
-        config = self.config
+        config, numbers = self.config, {}
         n_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
-        picked, numbers = rows_of_step(len(self.pool), n_rows, step, config.seed), {}
+        picked = rows_of_step(len(self.pool), n_rows, step, config.seed)
         self.examples = self.teacher_examples = [self.pool[i] for i in picked]
         if self.teacher_pool is not self.pool:
             self.teacher_examples = [self.teacher_pool[i] for i in picked]
@@ -1591,7 +1590,8 @@ class Imitate:
                 check_ids(rollouts, self.n_ids, "student", "teacher")
                 numbers = {"completions/mean_length": float(rollouts.lengths_R.float().mean()),
                            "completions/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
-        self.lengths = [max(len(pair[0].ids), len(pair[1].ids)) for pair in zip(self.examples, self.teacher_examples)]
+        self.lengths = [max(len(mine.ids), len(theirs.ids))
+                        for mine, theirs in zip(self.examples, self.teacher_examples)]
         self.n_tokens = sum(sum(example.trained[1:]) for example in self.examples)
         return picked, {**numbers, "num_tokens": self.n_tokens}
 
@@ -1732,7 +1732,8 @@ def train(config, world, stop):
     """One run, from its flags to its finished folder; nothing where that is finished already."""
     args, reinforced = run_args(config, world), config.stage == "teacher"
     start = config.teacher_model_name_or_path if config.stage in ("warm_up", "teacher") else config.model_name_or_path
-    if Path(config.output_dir).resolve() in (Path(config.teacher_model_name_or_path) / "config.json").resolve().parents:
+    teacher = Path(config.teacher_model_name_or_path).resolve()
+    if Path(config.output_dir).resolve() in (teacher, *teacher.parents):
         raise InputError(f"--output_dir {config.output_dir}: --teacher_model_name_or_path "
                          f"{config.teacher_model_name_or_path} is in it")
     resume, finished = on_rank_0(lambda: open_run(config, args), world)
@@ -1747,7 +1748,7 @@ def train(config, world, stop):
     course = (Reinforce if reinforced else Imitate)(tokenizer, config, world, resume)
     run = begin_run(config, world, resume, args, course.data)
     if course.traces and not resume and world.rank == 0:
-        write_traces(run, course.traces, tokenizer)
+        write_traces(run, course.traces)
 
     sampling = reinforced or config.method == "on_policy"
     decoder = make_decoder(model, config) if sampling or eval_problems else None

@@ -123,8 +123,9 @@ def test_what_the_student_learns_is_the_raw_explanation_and_the_true_solution(ti
     lesson, = distill.make_lessons([Problem("1+1=", "2")], tokenizer, c)
     assert tokenizer.decode(lesson.teacher_prompt) == "1+1=#2:" and tokenizer.decode(lesson.solution) == "#2"
     tags = distill.make_tags(tokenizer, c)
-    trace = distill.explained(lesson, tokenizer("a</think>#9").input_ids, tags)
-    example = distill.trace_example(trace.prompt, trace.completion)
+    trace = distill.explained(lesson, tokenizer("a</think>#9").input_ids, tags, tokenizer)
+    assert trace.completion == "<think>a</think>#9</think>#2"
+    example = distill.trace_example(trace.prompt_ids, trace.completion_ids)
     assert tokenizer.decode(example.ids) == "1+1=<think>a</think>#9</think>#2<eos>"
     assert example.trained == [False] * 4 + [True] * (len(example.ids) - 4)
 
@@ -322,16 +323,20 @@ def test_what_a_row_asks():
 
 
 def test_the_teachers_traces_are_rows_for_sft(monkeypatch, tmp_path):
-    """With a chat template too, sft.py makes of each row of traces.jsonl what was sampled; a cut-off text is whole."""
+    """With a chat template too, sft.py makes of each row of traces.jsonl what was sampled; a cut-off text is whole.
+
+    Whether it was cut off is what the sampler says, not its last token: that may be special and end nothing, as 2 here.
+    """
     tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["2"]})
     tokenizer.chat_template = CHAT
     fake_samples(monkeypatch, lambda prompt, j: ("a2", prompt[6] == "1"))
     rows = [{"prompt": f"{i}=", "completion": ""} for i in (1, 2)]
     traces, about = distill.teacher_traces(None, tokenizer, rows, config(method="logits", completions="teacher"), ALONE)
-    distill.write_traces(tmp_path, traces, tokenizer)
-    assert distill.read_traces(tmp_path / "traces.jsonl") == traces and about == {"data/clipped_ratio": 0.5}
+    distill.write_traces(tmp_path, traces)
+    assert distill.read_traces(tmp_path) == traces and about == {"data/clipped_ratio": 0.5}
     for row, trace, end in zip(ground.read_rows(tmp_path / "traces.jsonl"), traces, ("<eos>", "")):
-        assert tokenizer.decode(trace.prompt + trace.completion) == f"<user>{row['prompt']}<eos><assistant>a2{end}"
+        assert tokenizer.decode(trace.prompt_ids + trace.completion_ids) == f"<user>{row['prompt']}<eos><assistant>a2{end}"
         example, = distill.row_examples(tokenizer, row, "")
         assert tokenizer.decode(example.ids) == f"<user>{row['prompt']}<eos><assistant>a2<eos>"
 
@@ -356,6 +361,18 @@ def test_a_warm_up_keeps_to_max_length():
     assert 0 < len(examples) < len(everything) == 50 and max(len(e.ids) for e in examples) <= 60
     with pytest.raises(InputError, match="--max_length 16"):
         distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="2", max_length=16, max_completion_length=1))
+
+
+def test_a_lesson_with_its_tags_keeps_to_max_length():
+    """The longest thing a student may be made to read, end included, has --max_length tokens; a token more is too long."""
+    flags, problem = dict(thought_prefix="<t>", thought_suffix="</t>", max_completion_length=5), Problem("1+1=", "2")
+    longest = len("1+1=<t>") + 5 + len("</t>#2") + 1
+    c, tokenizer = config(max_length=longest, **flags), char_tokenizer()
+    lesson, = distill.make_lessons([problem], tokenizer, c)
+    trace = distill.explained(lesson, [9] * 5, distill.make_tags(tokenizer, c), tokenizer)
+    assert len(trace.prompt_ids + trace.completion_ids) == longest
+    with pytest.raises(InputError, match="leaves no problem"):
+        distill.make_lessons([problem], tokenizer, config(max_length=longest - 1, **flags))
 
 
 def test_pruning_is_random_of_the_right_size_and_repeatable():
@@ -385,7 +402,7 @@ def test_rows_sampled_by_the_student_are_a_share_and_the_others_are_the_data(fol
 
 def test_attempts_take_the_first_right_and_the_commonest_wrong():
     def found(*texts):
-        return distill.right_and_wrong(texts, distill.verdicts(texts, ["4"] * len(texts), ALONE))
+        return distill.right_and_wrong(texts, [ground.verify(text, "4") for text in texts])
 
     assert found("x", "b#4", "a#3", "c#5", "d#5.0", "e#4") == ("b#4", "c#5")
     assert found("b#4", "x") == ("b#4", None) and found("c#5") == (None, "c#5")
@@ -420,7 +437,8 @@ def test_ssb_traces(monkeypatch):
     assert asked[4:] == ["#1|#2|1=", "#3|#9|3=", "#4|#5|4="]
     assert about == {"data/mixed": 0.75, "data/kept": 0.25}
     (trace,) = traces
-    assert [tokenizer.decode(ids) for ids in trace[1:]] == ["1=", "one#1<eos>", "#1|#2|1="]
+    assert trace[:2] == ("1=", "one#1")
+    assert [tokenizer.decode(ids) for ids in trace[2:]] == ["1=", "one#1<eos>", "#1|#2|1="]
 
 
 def test_bootstrap_traces(monkeypatch, tmp_path):
@@ -435,12 +453,25 @@ def test_bootstrap_traces(monkeypatch, tmp_path):
                demonstrations=str(path), n_shots=2, budget_template="{prompt}[{budget}]")
     traces, about = distill.bootstrap_traces(None, tokenizer, problems, c, ALONE)
     assert all(line.count("\n") == 2 and line.endswith("=") for line in asked) and len(set(asked)) == 3
-    assert [tokenizer.decode(trace.prompt + trace.completion) for trace in traces] == [
+    assert [tokenizer.decode(trace.prompt_ids + trace.completion_ids) for trace in traces] == [
         "1=[16]thinking#1<eos>", "2=[16]thinkinghard#2<eos>"]
+    assert [(trace.prompt, trace.completion) for trace in traces] == [
+        ("1=[16]", "thinking#1"), ("2=[16]", "thinkinghard#2")]
     assert about["data/kept"] == pytest.approx(2 / 3)
     path.write_text(json.dumps({"question": "1+0=", "answer": "#1"}) + "\n")
     with pytest.raises(InputError, match=r"--demonstrations .*: row 1: has columns \['answer', 'question'\]"):
         distill.bootstrap_traces(None, tokenizer, problems, c, ALONE)
+
+
+def test_demonstrations_stand_behind_a_system_message():
+    """A chat template that reads one only at the start would refuse it, or lose it, further down."""
+    tokenizer, system, asked = char_tokenizer(), {"role": "system", "content": "s"}, {"role": "user", "content": "2="}
+    tokenizer.chat_template = CHAT
+    shown = [{"role": "user", "content": "1="}, {"role": "assistant", "content": "#1"}]
+    assert distill.with_demonstrations(tokenizer, [system, asked], [("1=", "#1")]) == [system, *shown, asked]
+    assert distill.with_demonstrations(tokenizer, "2=", [("1=", "#1")]) == [*shown, asked]
+    tokenizer.chat_template = None
+    assert distill.with_demonstrations(tokenizer, "2=", [("1=", "#1"), ("3=", "#3")]) == "1=#1\n3=#3\n2="
 
 
 def test_thought_weights_equal_a_loop():
@@ -473,7 +504,8 @@ def test_em_traces_weigh_by_the_joint_over_the_proposal(monkeypatch):
         assert float(joint[0, j]) == pytest.approx(sum(float(logps[t - 1, whole[t]]) for t in range(2, len(whole))), abs=1e-4)
     assert torch.isinf(joint[:, 2]).all() and len(traces) == 40 and about["data/kept"] == 1
     assert float(proposal[0, 0]) == pytest.approx(float(rollouts_of(["0=a"], [True], 40).logps_RT[0, :4].sum()), abs=1)
-    texts = [tokenizer.decode(trace.prompt + trace.completion) for trace in traces]
+    texts = [tokenizer.decode(trace.prompt_ids + trace.completion_ids) for trace in traces]
+    assert all(text.endswith(trace.completion + "<eos>") for text, trace in zip(texts, traces))
     assert not any("aaa" in text and "aaaa" not in text for text in texts)
     posterior = [text for text in texts if ":" in text]
     assert 8 < len(posterior) < 32
@@ -532,6 +564,30 @@ def test_rlt_trains_the_teacher_alone(folders, beta):
     assert (stage.reference is None) == (beta == 0)
 
 
+def test_the_entropy_is_a_mean_over_the_tokens_that_train(folders, monkeypatch):
+    """Without KL a group that scored alike is left out of the step; its tokens must not thin the mean."""
+    c = config(stage="teacher", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"], beta=0.0,
+               n_train=20, levels="1", per_device_train_batch_size=16, max_completion_length=8)
+    model, tokenizer = load_model(folders["student"])
+    stage = Reinforce(tokenizer, c, ALONE, None)
+    score = distill.score_explanations
+
+    def first_group_alike(*given):
+        return tuple(torch.cat([torch.ones(4), scores_R[4:]]) for scores_R in score(*given))
+
+    monkeypatch.setattr(distill, "score_explanations", first_group_alike)
+    c.format_penalty = 0.0
+    stage.begin(0, model)
+    assert len(stage.examples) == 12
+    found = sum(float(stage.loss_of(Learner(model), collate(stage.examples, part, ALONE.device))[1]["entropy"])
+                for part in distill.micro_batches(stage.lengths, 5, 0, ALONE))
+    entropies = []
+    for example in stage.examples:
+        logps = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        entropies += [-float((logps[t - 1].exp() * logps[t - 1]).sum()) for t in range(1, len(example.ids)) if example.trained[t]]
+    assert found == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
 # --- runs ---
 
 
@@ -564,8 +620,8 @@ def test_rlt_runs_all_stages_and_each_finished_one_is_kept(tiny_model, tmp_path,
              for name in ("warm_up", "teacher", "student")}
     assert {"reward", "kl", "rewards/understanding/mean", "entropy"} <= set(lines["teacher"][0])
     assert lines["teacher"][0]["kl"] == pytest.approx(0, abs=1e-6) and lines["teacher"][1]["kl"] > 0
-    traces = distill.read_traces(out / "student" / "traces.jsonl")
-    assert len(traces) == 20 and all(len(trace.completion) > 1 for trace in traces)
+    traces = distill.read_traces(out / "student")
+    assert len(traces) == 20 and all(len(trace.completion_ids) > 1 for trace in traces)
     rows = [json.loads(line) for line in (out / "student" / "traces.jsonl").read_text().splitlines()]
     assert all(row["completion"].split("#")[-1].isdigit() for row in rows)  # the true solution ends every one
     capsys.readouterr()
@@ -573,7 +629,7 @@ def test_rlt_runs_all_stages_and_each_finished_one_is_kept(tiny_model, tmp_path,
     assert capsys.readouterr().out.count("finished already") == 3
     distill.main(Config(**{**flags, "stage": "student", "teacher_model_name_or_path": str(out / "teacher"),
                            "output_dir": str(tmp_path / "alone")}))
-    assert distill.read_traces(tmp_path / "alone" / "traces.jsonl") == traces
+    assert distill.read_traces(tmp_path / "alone") == traces
 
 
 def test_em_rounds_begin_from_the_same_weights_and_sample_from_the_last(tiny_model, tmp_path):
