@@ -750,9 +750,6 @@ class InPlaceLayer(DynamicLayer):
         self.show()
 
 
-
-
-
 def draw_tokens(logits_BV, uniforms_B, temperature, top_p, top_k):
     """One token a row by inverse CDF, and its log-prob before any cut: (tokens_B, logps_B). Temperature 0 is greedy.
 
@@ -1152,9 +1149,10 @@ def add_legend(figure, axis, n_columns):
 
 
 def save_figure(figure, path):
-    """Writes the figure as a PNG, its folder made where needed."""
+    """Writes the figure as a PNG, its folder made where needed; replaces an older one only when it is whole."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(f"{path}.tmp", dpi=150, format="png")
+    os.replace(f"{path}.tmp", path)
 
 
 # --- main ---
@@ -1212,7 +1210,8 @@ def parse_command(arguments=None):
 
 def read_ks(config):
     """The k of pass@k. Raises InputError for flags that contradict each other."""
-    for name, least in (("n", 1), ("n_problems", 0), ("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
+    lowest = {"n": 1, "n_problems": 0, "max_new_tokens": 1, "batch_size": 1, "temperature": 0, "seed": 0}
+    for name, least in lowest.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name} {getattr(config, name)}: must be {least} or more")
     if not 0 < config.top_p <= 1:

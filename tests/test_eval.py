@@ -583,7 +583,7 @@ def test_the_same_checkpoint_does_not_differ_from_itself(checkpoints, tmp_path):
     (["tiny", "--top_p", "0"], "--top_p"), (["tiny", "--le", "1"], "--le"), (["tiny", "--temperature", "0"], "--n 8"),
     (["tiny", "no-such-folder"], "no-such-folder"), (["tiny", "--levels", "0"], "--levels"),
     (["--plot", "no-such-run"], "--plot no-such-run"), (["tiny", "--temperature", "-1"], "--temperature"),
-    (["tiny", "--dataset_name", "chian"], "--dataset_name chian"),
+    (["tiny", "--dataset_name", "chian"], "--dataset_name chian"), (["tiny", "--seed", "-1"], "--seed -1"),
 ])
 def test_bad_command_lines_leave_nothing_behind(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -636,6 +636,19 @@ def test_plot_runs(tmp_path):
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": \n{"step": 2}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
         plot_runs([tmp_path / "b"], tmp_path / "curves.png")
+
+
+def test_a_picture_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch):
+    def full_disk(figure, path, **options):
+        Path(path).write_text("half")
+        raise OSError("no space left")
+
+    (tmp_path / "a.png").write_text("old")
+    figure, _ = ground.new_figure(1, 1)
+    monkeypatch.setattr(type(figure), "savefig", full_disk)
+    with pytest.raises(OSError):
+        ground.save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "old"
 
 
 def test_running_mean_skips_what_is_missing():
