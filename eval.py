@@ -199,7 +199,10 @@ def apply_operator(op, left, right):
 
 
 def chain_prompt(first, operations):
-    """The expression as a question, "37+5-8="."""
+    """
+    >>> chain_prompt(37, [("+", 5), ("-", 8)])
+    '37+5-8='
+    """
     return f"{first}{''.join(f'{op}{operand}' for op, operand in operations)}="
 
 
@@ -485,8 +488,8 @@ def verify(text, answer):
     number, true_number = to_number(found), to_number(answer)
     if number and true_number:
         (value, percent), (true_value, true_percent) = number, true_number
-        return value == true_value or percent != true_percent and (
-            value / 100 if percent else value) == (true_value / 100 if true_percent else true_value)
+        scale = 1 if percent == true_percent else 100 if percent else Fraction(1, 100)
+        return value in (true_value, scale * true_value)
     key, true_key = answer_key(found), answer_key(answer)
     if key == true_key:
         return True
