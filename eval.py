@@ -49,6 +49,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast,
                           Qwen3Config, Qwen3ForCausalLM)
@@ -57,7 +58,6 @@ from transformers.cache_utils import DynamicLayer
 transformers.logging.disable_progress_bar()  # one for every save and load would bury the lines of a run
 
 # --- problems ---
-
 
 class InputError(Exception):
     """Something the user gave is wrong: one line that names the flag, or file and line; scripts exit with code 2."""
@@ -77,8 +77,6 @@ class Problem:
 
 CHAIN_DOMAINS = {"add": "+", "sub": "-", "mul": "*", "mixed": "+-*"}
 CHAIN_LEVELS = range(1, 8)  # the last may double at each step: 2 ** 7 <= CHAIN_LIMIT
-CHAIN_DEFAULT_LEVELS = range(1, 6)
-CHAIN_DEFAULT_N = 10_000
 CHAIN_FIRST = 99  # largest first operand
 CHAIN_OPERAND = {"+": 20, "-": 20, "*": 3}  # largest later operand: small, so that half a million weights can learn it
 CHAIN_LIMIT = 199  # no intermediate result of a correct trace exceeds it
@@ -114,11 +112,14 @@ def load_problems(name, split="train", n=None, seed=0, *, prompt_column=None, an
         raise InputError(f"--n_problems {n}: must be at least 1")
     if not 0 <= error_rate <= 1:
         raise InputError(f"--error_rate {error_rate}: must be a share between 0 and 1")
+    procedural = name == "chain" or name.startswith("reasoning_gym:")
+    if procedural and split not in ("train", "validation", "test"):
+        raise InputError(f"--split {split}: a procedural data set has train, validation and test")
     wanted_levels = parse_levels(levels)
     wanted_domains = [domain.strip() for domain in domains.split(",") if domain.strip()]
     if name == "chain":
-        problems = chain_problems(split, n or CHAIN_DEFAULT_N, seed, wanted_levels, wanted_domains, error_rate)
-    elif name.startswith("reasoning_gym:"):
+        problems = chain_problems(split, n or 10_000, seed, wanted_levels, wanted_domains, error_rate)
+    elif procedural:
         problems = reasoning_gym_problems(name.partition(":")[2], split, n or 1000, seed)
     else:
         rows = read_rows(name, split)
@@ -138,40 +139,37 @@ def load_problems(name, split="train", n=None, seed=0, *, prompt_column=None, an
 
 def chain_problems(split, n, seed, levels, domains, error_rate):
     """`n` chain problems, levels and domains in turn; distinct as long as there are enough distinct expressions."""
-    levels, domains = levels or list(CHAIN_DEFAULT_LEVELS), domains or list(CHAIN_DOMAINS)
+    levels, domains = levels or [1, 2, 3, 4, 5], domains or list(CHAIN_DOMAINS)
     if not set(levels) <= set(CHAIN_LEVELS):
         raise InputError(f"--levels: chain has levels {CHAIN_LEVELS[0]} to {CHAIN_LEVELS[-1]}")
     if not set(domains) <= set(CHAIN_DOMAINS):
         raise InputError(f"--domains {','.join(domains)}: chain has {', '.join(CHAIN_DOMAINS)}")
-    check_split(split)
     rng = random.Random(f"chain {split} {seed}")
     slips = random.Random(f"slips {split} {seed}")  # a stream of its own: the error rate does not change the questions
     seen, problems = set(), []
     for i in range(n):
         level, domain = levels[i % len(levels)], domains[i // len(levels) % len(domains)]
-        prompt, first, operations = new_chain(rng, split, level, domain, seen)
-        steps, answer = chain_steps(first, operations)
-        hints = (CHAIN_RULE, *(";".join(steps[:k]) + ";" for k in sorted({1, level - 1}) if k < level and k > 0))
-        final = answer
-        if error_rate:
-            steps, final = chain_steps(first, operations, error_rate, slips)
-        subgoals = chain_subgoals(first, operations)
-        problems.append(Problem(prompt, str(answer), f"{';'.join(steps)}#{final}", hints, domain, level, subgoals))
+        first, operations = new_chain(rng, split, level, domain, seen)
+        steps, results = chain_steps(first, operations)
+        written, written_results = chain_steps(first, operations, error_rate, slips)
+        hints = (CHAIN_RULE, *(";".join(steps[:k]) + ";" for k in sorted({1, level - 1}) if 0 < k < level))
+        subgoals = tuple((chain_prompt(first, operations[:k]), results[k - 1]) for k in range(1, level))
+        problems.append(Problem(chain_prompt(first, operations), results[-1],
+                                f"{';'.join(written)}#{written_results[-1]}", hints, domain, level, subgoals))
     return problems
 
 
 def new_chain(rng, split, level, domain, seen):
-    """(prompt, first operand, operations) of the split, added to `seen`; after ten repeats a repeat is accepted."""
+    """Draws until the prompt is of the split and not in `seen`, where it is added; the eleventh repeat is taken."""
     repeats = 0
     while True:  # ends because every level and domain has expressions in every split, which a test holds
         first, operations = draw_chain(rng, level, domain)
-        prompt = f"{first}{''.join([f'{op}{operand}' for op, operand in operations])}="
-        if split_of(prompt) != split:
-            continue
-        if prompt not in seen or repeats == 10:
-            seen.add(prompt)
-            return prompt, first, operations
-        repeats += 1
+        prompt = chain_prompt(first, operations)
+        if split_of(prompt) == split:
+            if prompt not in seen or repeats == 10:
+                seen.add(prompt)
+                return first, operations
+            repeats += 1
 
 
 def draw_chain(rng, level, domain):
@@ -182,7 +180,11 @@ def draw_chain(rng, level, domain):
     first = value = rng.randint(low, high)
     operations = []
     for remaining in range(level, 0, -1):
-        largest = {op: largest_operand(op, value, remaining) for op in operators}
+        room = {"+": CHAIN_LIMIT - value, "-": value // remaining,  # - and * leave as large a one to each later step
+                "*": int((CHAIN_LIMIT / max(value, 1)) ** (1 / remaining) + 1e-9)}
+        largest = {op: min(CHAIN_OPERAND[op], room[op]) for op in operators}
+        if not any(largest.values()):  # a sum that has reached the limit early
+            return draw_chain(rng, level, domain)
         # 1 is a dull operand, so an operator that has room for no other is taken only where all are in that state
         op = rng.choice([op for op in operators if largest[op] > 1] or operators)
         operand = rng.randint(1, largest[op])
@@ -191,42 +193,31 @@ def draw_chain(rng, level, domain):
     return first, operations
 
 
-def largest_operand(op, value, remaining):
-    """The largest operand that leaves room for as large a one in each of the `remaining` steps, this one included."""
-    if op == "+":
-        room = CHAIN_LIMIT - value
-    elif op == "-":
-        room = value // remaining
-    else:
-        room = int((CHAIN_LIMIT / max(value, 1)) ** (1 / remaining) + 1e-9)
-    return min(CHAIN_OPERAND[op], room)
-
-
 def apply_operator(op, left, right):
     """left op right for +, - and *."""
     return left + right if op == "+" else left - right if op == "-" else left * right
 
 
-def chain_subgoals(first, operations):
-    """The expression cut short after each operation but the last: ((prompt, answer), ...)."""
-    subgoals, text, value = [], str(first), first
-    for op, operand in operations[:-1]:
-        text, value = f"{text}{op}{operand}", apply_operator(op, value, operand)
-        subgoals.append((f"{text}=", str(value)))
-    return tuple(subgoals)
+def chain_prompt(first, operations):
+    """
+    >>> chain_prompt(37, [("+", 5), ("-", 8)])
+    '37+5-8='
+    """
+    return f"{first}{''.join(f'{op}{operand}' for op, operand in operations)}="
 
 
 def chain_steps(first, operations, error_rate=0.0, slips=None):
-    """(["37+5=42", ...], last result). A step goes wrong with chance `error_rate`, and the trace goes on from there."""
-    steps, value = [], first
+    """(["37+5=42", ...], ["42", ...]). A step goes wrong with chance `error_rate`, and the trace goes on from there."""
+    steps, results, value = [], [], first
     for op, operand in operations:
         result = apply_operator(op, value, operand)
-        if slips and slips.random() < error_rate:
+        if error_rate and slips.random() < error_rate:
             slip = slips.choice((-10, -2, -1, 1, 2, 10))
             result += slip if result + slip >= 0 else -slip
         steps.append(f"{value}{op}{operand}={result}")
+        results.append(str(result))
         value = result
-    return steps, value
+    return steps, results
 
 
 def split_of(text):
@@ -234,36 +225,30 @@ def split_of(text):
     return {0: "test", 1: "validation"}.get(zlib.crc32(text.encode()) % 10, "train")
 
 
-def check_split(split):
-    """Raises InputError for a split that a procedural data set does not have."""
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"--split {split}: a procedural data set has train, validation and test")
-
-
 def reasoning_gym_problems(task, split, n, seed):
     """`n` problems of one task of the reasoning-gym package, judged like all others by their one reference answer."""
-    check_split(split)
+    where = f"--dataset_name reasoning_gym:{task}"
     try:
         import reasoning_gym
     except ImportError as error:
-        raise InputError(f"--dataset_name reasoning_gym:{task}: needs `pip install reasoning-gym`") from error
+        raise InputError(f"{where}: needs `pip install reasoning-gym`") from error
     if task not in reasoning_gym.factory.DATASETS:
-        raise InputError(f"--dataset_name reasoning_gym:{task}: no such task")
+        raise InputError(f"{where}: no such task")
     # Item i is drawn from seed + i, so neighbouring seeds share items; and equal questions turn up under far seeds.
     items = reasoning_gym.create_dataset(task, size=50 * n, seed=seed * 10**6)
-    problems, seen = [], set()
+    problems = {}  # by question
     for i in range(50 * n):
         item = items[i]
-        if item["answer"] is None:
-            raise InputError(f"--dataset_name reasoning_gym:{task}: has no reference answers")
-        if split_of(item["question"]) == split and item["question"] not in seen:
-            seen.add(item["question"])
-            problems.append(Problem(item["question"], str(item["answer"]), domain=task))
-            if len(problems) == n:
-                break
+        question, answer = item["question"], item["answer"]
+        if answer is None:
+            raise InputError(f"{where}: has no reference answers")
+        if split_of(question) == split:
+            problems.setdefault(question, Problem(question, str(answer), domain=task))
+        if len(problems) == n:
+            break
     if not problems:
-        raise InputError(f"--dataset_name reasoning_gym:{task}: too few distinct questions for a {split} split")
-    return problems
+        raise InputError(f"{where}: too few distinct questions for a {split} split")
+    return list(problems.values())
 
 
 def read_rows(name, split="train"):
@@ -296,8 +281,8 @@ def read_hub(name, split):
     try:
         return datasets.load_dataset(hub_name, configuration or None, split=split).to_list()
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such data set, split or configuration
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--dataset_name {name}, --split {split}: cannot be loaded from the hub ({reason})") from error
+        raise InputError(f"--dataset_name {name}, --split {split}: cannot be loaded from the hub "
+                         f"({first_line(error)})") from error
 
 
 def split_files(folder, split):
@@ -313,6 +298,8 @@ def split_files(folder, split):
 def read_file(path):
     """The rows of one file. Raises InputError "path:line: ..." at the first that is not UTF-8 or not a JSON object."""
     import pyarrow.parquet
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: not one of {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
@@ -321,26 +308,27 @@ def read_file(path):
         line = path.read_bytes()[:error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline="")))
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: not one of {', '.join(SUFFIXES)}")
-    if path.suffix == ".json" and text.lstrip()[:1] == "[":
-        records = [(1, text)]
-    else:
-        records = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    one_array = path.suffix == ".json" and text.lstrip().startswith("[")
     rows = []
-    for number, record in records:
+    for number, record in enumerate([text] if one_array else text.split("\n"), 1):
         try:
-            value = json.loads(record)
+            value = json.loads(record) if record.strip() else []
         except (ValueError, RecursionError) as error:
             line = number + getattr(error, "lineno", 1) - 1
-            raise InputError(f"{path}:{line}: not valid JSON ({str(error).splitlines()[0]})") from error
-        rows.extend(value if isinstance(value, list) else [value])
-        if not all(isinstance(row, dict) for row in rows[-1:]):
-            raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(rows[-1]).__name__}")
+            raise InputError(f"{path}:{line}: not valid JSON ({first_line(error)})") from error
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}")
+            rows.append(row)
     return rows
+
+
+def first_line(error):
+    """The first line of what an exception says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_column(rows, wanted, usual, flag, where):
@@ -376,14 +364,15 @@ def row_problem(row, prompt_column, answer_column, where):
 
 def nested(row, column, where):
     """A column of texts or lists of texts, as a tuple of texts or tuples; () where there is none. InputError."""
-    value = row.get(column) or []
-    value = [value] if isinstance(value, str) else value
-    items = [item if isinstance(item, list) else [item] for item in value] if isinstance(value, list) else [[None]]
-    if not all(isinstance(text, str) and text for item in items for text in item):
-        raise InputError(f"{where}: column {column!r} must be a list of texts, or of lists of texts")
-    if column == "subgoals" and not all(len(item) == 2 for item in items):
-        raise InputError(f"{where}: column 'subgoals' must be a list of [prompt, answer]")
-    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    value = row.get(column) or ()
+    value = [value] if not isinstance(value, (list, tuple)) else value
+    items = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    for item in items:
+        if not all(isinstance(text, str) and text for text in (item if isinstance(item, tuple) else [item])):
+            raise InputError(f"{where}: column {column!r} must be a list of texts, or of lists of texts")
+        if column == "subgoals" and (isinstance(item, str) or len(item) != 2):
+            raise InputError(f"{where}: column 'subgoals' must be a list of [prompt, answer]")
+    return items
 
 
 def filter_problems(problems, levels, domains):
@@ -422,14 +411,12 @@ def fill_template(template, prompt):
 
 # --- answers ---
 
-
 # One path from text to verdict: rewards, evaluation and the choice of samples to train on all go through `verify`.
 UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?|\.[0-9]+)"
-FRAC = r"\\frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
+FRAC = r"\\[dt]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))"
 MARKER = re.compile(r"\\(?:boxed|fbox)\s*\{|####|<answer>")
 CLOSING_HASH = re.compile(rf"#\s*([-+]?\$?{UNSIGNED}(?:/{UNSIGNED})?%?)\s*\Z")
-BARE_NUMBER = re.compile(rf"-?\\[dt]?frac\s*(?:\{{-?[0-9]+\}}|[0-9])\s*(?:\{{[0-9]+\}}|[0-9])|"
-                         rf"(?:(?<![\w.)\]}}])[-+−]\$?)?{UNSIGNED}(?:/{UNSIGNED})?(?:\\?%)?")
+BARE_NUMBER = re.compile(rf"-?{FRAC}|(?:(?<![\w.)\]}}])[-+−]\$?)?{UNSIGNED}(?:/{UNSIGNED})?(?:\\?%)?")
 NUMBER = re.compile(rf"([-+]?) ?(?:([0-9]+) (?=[0-9]+/))?({UNSIGNED})(?:/({UNSIGNED}))?( ?%)?"
                     r"((?: [A-Za-z]{2,}){0,4})")  # sign, whole part of 1 1/2, number, denominator, percent, unit
 # In "18 dollars" the word is a unit. These words change the value, or hedge.
@@ -458,13 +445,11 @@ def extract_answer(text):
     hash_at = text.rfind("#")
     if hash_at >= 0 and (closing := CLOSING_HASH.match(text, hash_at)):
         return closing[1]
-    marker = number = None
-    for marker in MARKER.finditer(text):
-        pass
-    if marker is None:
-        for number in BARE_NUMBER.finditer(text):
-            pass
-        return number[0] if number else None
+    markers = list(MARKER.finditer(text))
+    if not markers:
+        numbers = [match[0] for match in BARE_NUMBER.finditer(text)]
+        return numbers[-1] if numbers else None
+    marker = markers[-1]
     if marker[0] == "####":
         answer = text[marker.end():].split("\n", 1)[0]
     elif marker[0] == "<answer>":
@@ -503,8 +488,8 @@ def verify(text, answer):
     number, true_number = to_number(found), to_number(answer)
     if number and true_number:
         (value, percent), (true_value, true_percent) = number, true_number
-        return value == true_value or percent != true_percent and (
-            value / 100 if percent else value) == (true_value / 100 if true_percent else true_value)
+        scale = 1 if percent == true_percent else 100 if percent else Fraction(1, 100)
+        return value in (true_value, scale * true_value)
     key, true_key = answer_key(found), answer_key(answer)
     if key == true_key:
         return True
@@ -578,31 +563,33 @@ for line in sys.stdin:
 """
 
     def __init__(self):
-        self.process, self.owner, self.lock = None, None, threading.Lock()
+        self.process, self.owner, self.lock = None, None, threading.Lock()  # owner: who started it; forks share nothing
 
     @lru_cache(maxsize=1 << 16)
     def equal(self, gold, answer):
         """Whether two LaTeX strings mean the same; False where that is not settled by the deadline."""
         with self.lock:
-            if self.process is None or self.process.poll() is not None or self.owner != os.getpid():  # or after a fork
+            if self.owner != os.getpid() or self.process.poll() is not None:
                 self.start()
+            reply = ""
             try:
-                self.process.stdin.write(json.dumps([gold, answer]) + "\n")
-                self.process.stdin.flush()
+                print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
                 reply = self.reply(self.DEADLINE_S)
-            except OSError:
-                reply = ""
-            if not reply:
-                self.process.kill()
-                self.process.wait()
+            except OSError:  # it has died
+                pass
+            finally:  # after an interrupt too: a late reply would be taken for the next question's
+                if not reply:
+                    self.process.kill()
+                    self.process.wait()
             return reply == "1"
 
     def start(self):
+        self.owner = None
         self.process = subprocess.Popen([sys.executable, "-P", "-c", self.PROGRAM], text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.owner = os.getpid()
         if self.reply(60) != "ready":
             raise InputError("math-verify does not start: `pip install 'math-verify[antlr4_13_2]'`")
+        self.owner = os.getpid()
 
     def reply(self, seconds):
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
@@ -612,7 +599,7 @@ for line in sys.stdin:
 MATH_JUDGE = MathJudge()
 
 
-# --- model ---
+# --- model and prompts ---
 
 TINY = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=32, max_position_embeddings=1024, tie_word_embeddings=False)  # 0.62 M parameters
@@ -651,7 +638,7 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{flag}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise InputError(f"{flag}: cannot be loaded ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag}: its tokenizer has no end-of-text token")
     if chat_template == "off":
@@ -719,7 +706,7 @@ def stop_ids(model, tokenizer):
 
 @dataclass
 class Rollouts:
-    """Completions of `generate`, on the CPU; row r continues prompt r // n. Columns past a row's length mean nothing."""
+    """Completions of `generate`, on the CPU; row r continues prompt r // n. Columns past its length mean nothing."""
 
     tokens_RT: torch.Tensor  # int64, the stop token included
     logps_RT: torch.Tensor  # float32, log-probs at the sampling temperature, before any top-p or top-k cut
@@ -732,21 +719,17 @@ class Rollouts:
 
     def texts(self, tokenizer):
         """The completions as text, without their stop tokens."""
-        ids = [self.ids(row) for row in range(len(self.lengths_R))]
-        cut = [row_ids[:-1] if done else row_ids for row_ids, done in zip(ids, self.finished_R.tolist())]
-        return tokenizer.batch_decode(cut, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = [self.ids(row)[: -1 if finished else None] for row, finished in enumerate(self.finished_R.tolist())]
+        return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class InPlaceLayer(DynamicLayer):
-    """Keys and values of one layer, written into spare room that grows by half; DynamicLayer copies all at each token."""
-
-    def lazy_initialization(self, keys, values):
-        super().lazy_initialization(keys, values)
-        self.length, self.rooms = 0, [keys[:, :, :0], values[:, :, :0]]
+    """Keys and values of one layer, in spare room that grows by half; DynamicLayer copies all of them at each token."""
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+            self.length, self.rooms = 0, [keys[:, :, :0], values[:, :, :0]]
         start, self.length = self.length, self.length + keys.shape[2]
         for i, new in enumerate((keys, values)):
             if self.length > self.rooms[i].shape[2]:  # the prompt gets no spare room: it is about to be repeated
@@ -768,15 +751,6 @@ class InPlaceLayer(DynamicLayer):
     def batch_select_indices(self, indices):
         self.rooms = [room[indices] for room in self.rooms]
         self.show()
-
-
-def new_cache(model):
-    """An empty cache for `model`; layers with a sliding window or a recurrent state stay transformers' own."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        cache.layer_class_to_replicate = InPlaceLayer
-    return cache
 
 
 def draw_tokens(logits_BV, uniforms_B, temperature, top_p, top_k):
@@ -805,20 +779,19 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     A prompt is prefilled once and its cache repeated; rows that have ended are dropped from the batch.
     """
     device, (B, T) = model.device, uniforms_BT.shape
-    width = max(map(len, prompts))
-    ids_PW = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_PW = torch.zeros(len(prompts), width, dtype=torch.long)
-    for i, prompt in enumerate(prompts):  # left-padded, so that all rows go on at the same column
-        ids_PW[i, width - len(prompt) :], mask_PW[i, width - len(prompt) :] = torch.tensor(prompt), 1
-    padded = not bool(mask_PW.all())  # without padding no mask is passed: attention takes its fastest path
-    ids_PW, mask_PW, uniforms_BT = ids_PW.to(device), mask_PW.to(device), uniforms_BT.to(device)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")  # so that all rows go on at the same column
+    ids_PW = pad([torch.tensor(prompt, dtype=torch.long) for prompt in prompts]).to(device)
+    mask_PW = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(device)
+    padded = not mask_PW.all()  # without padding no mask is passed: attention takes its fastest path
+    uniforms_BT = uniforms_BT.to(device)
     stop_K = torch.tensor(stop, device=device)
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logps_BT = torch.zeros(B, T, device=device)
-    done_B = torch.zeros(B, dtype=torch.bool, device=device)
     live_L = torch.arange(B, device=device)  # the row that each line of the shrinking batch stands for
+    done_L = torch.zeros(B, dtype=torch.bool, device=device)
 
-    cache = new_cache(model)
+    cache = DynamicCache(config=model.config)  # layers with a sliding window or a recurrent state stay transformers'
+    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     reads = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     places = {"attention_mask": mask_PW, "position_ids": (mask_PW.cumsum(1) - 1).clamp(0)} if padded else {}
     logits_LV = model(input_ids=ids_PW, use_cache=True, logits_to_keep=1, **{reads: cache}, **places).logits[:, -1]
@@ -829,19 +802,18 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     for t in range(T):
         next_L, logps_BT[live_L, t] = draw_tokens(logits_LV, uniforms_BT[live_L, t], temperature, top_p, top_k)
         tokens_BT[live_L, t] = next_L
-        done_B[live_L] |= torch.isin(next_L, stop_K)
+        done_L = done_L | torch.isin(next_L, stop_K)
         if t == T - 1:
             break
         if device.type == "cpu" or t % 16 == 15:  # to look at `done` is to wait for the GPU, so not at every token
-            going = ~done_B[live_L]
-            n_going = int(going.sum())
-            tick(t, n_going)
+            n_going = int((~done_L).sum())
+            tick(n_going)
             if n_going == 0:
                 break
             if n_going <= 0.9 * len(live_L):
-                keep = going.nonzero()[:, 0]
+                keep = (~done_L).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                live_L, next_L, mask_LC = live_L[keep], next_L[keep], mask_LC[keep]
+                live_L, done_L, next_L, mask_LC = live_L[keep], done_L[keep], next_L[keep], mask_LC[keep]
         if padded:
             mask_LC = torch.cat([mask_LC, mask_LC.new_ones(len(mask_LC), 1)], 1)
             places = {"attention_mask": mask_LC, "position_ids": mask_LC.sum(1, keepdim=True) - 1}
@@ -849,6 +821,7 @@ def decode_batch(model, prompts, n, uniforms_BT, stop, temperature, top_p, top_k
     stopped_BT = torch.isin(tokens_BT, stop_K)
     finished_B = stopped_BT.any(1)
     lengths_B = torch.where(finished_B, stopped_BT.int().argmax(1) + 1, T)
+    tick(0)
     return tokens_BT.cpu(), logps_BT.cpu(), lengths_B.cpu(), finished_B.cpu()
 
 
@@ -872,7 +845,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     rows = first[-1]
     out = Rollouts(torch.zeros(rows, max_new_tokens, dtype=torch.long), torch.zeros(rows, max_new_tokens),
                    torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths side by side: little padding
+    order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: len(prompts[i]))  # little padding
     bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress)
     tokens = 0
     while order:
@@ -883,18 +856,73 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
             np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i in part for j in range(counts[i])]))
         before = bar.n
         batch = decode_batch(model, [prompts[i] for i in part], [counts[i] for i in part], uniforms_BT, stop,
-                             temperature, top_p, top_k,
-                             lambda t, going: bar.update(before + len(rows_B) - going - bar.n))
+                             temperature, top_p, top_k, lambda going: bar.update(before + len(rows_B) - going - bar.n))
         out.tokens_RT[rows_B], out.logps_RT[rows_B], out.lengths_R[rows_B], out.finished_R[rows_B] = batch
         tokens += int(batch[2].sum())
-        bar.update(before + len(rows_B) - bar.n)
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
     bar.close()
     model.train(training)
     return out
 
 
-# --- statistics ---
+# --- evaluation and statistics ---
+
+def evaluate(model, tokenizer, problems, *, n=1, k=(1,), max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
+             batch_size=256, progress=False):
+    """Samples n completions a problem (temperature 0: greedy) and judges them with `verify`.
+
+    Returns a dict: `accuracy` (the mean over all samples), `pass@k`, `maj@k` and, for each, `.../low` and `.../high` of
+    its 95 % interval clustered by question; `parse_fail`, `truncated` (shares of samples), `mean_length` (tokens, the
+    stop token counted); `by_level`, `by_domain`: {value: {accuracy, low, high, n_problems}}; `scores` (accuracy of each
+    problem, for `paired_comparison`); `records` (one dict a sample). A question asked twice is evaluated once.
+    """
+    problems = list({json.dumps(problem.prompt): problem for problem in problems}.values())
+    if not problems or n < 1 or not all(1 <= size <= n for size in k):
+        raise InputError(f"--k {','.join(map(str, k))}: needs problems, n >= 1 and each k in 1..n, not n={n}, "
+                         f"{len(problems)} problems")
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    rollouts = generate(model, tokenizer, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                        top_p=top_p, seed=seed, batch_size=batch_size, progress=progress)
+    lengths, finished = rollouts.lengths_R.tolist(), rollouts.finished_R.tolist()
+    records = []
+    for row, text in enumerate(rollouts.texts(tokenizer)):
+        problem = problems[row // n]
+        records.append({"problem": row // n, "sample": row % n, "prompt": problem.prompt, "answer": problem.answer,
+                        "level": problem.level, "domain": problem.domain, "completion": text,
+                        "extracted": extract_answer(text), "correct": verify(text, problem.answer),
+                        "length": lengths[row], "truncated": not finished[row]})
+    return {"n_problems": len(problems), "n": n, "temperature": temperature, "top_p": top_p, "seed": seed,
+            "max_new_tokens": max_new_tokens, **summarize(records, n, k, seed), "records": records}
+
+
+def summarize(records, n, k, seed=0):
+    """The numbers `evaluate` returns, from its records: n in a row for each problem."""
+    questions = [records[i : i + n] for i in range(0, len(records), n)]
+    verdicts = [[record["correct"] for record in question] for question in questions]
+    keys = [[record["extracted"] and answer_key(record["extracted"]) for record in question] for question in questions]
+    scores_Q = [sum(correct) / n for correct in verdicts]
+    metrics = {"accuracy": scores_Q}
+    for size in k:
+        metrics[f"pass@{size}"] = [pass_at_k(n, sum(correct), size) for correct in verdicts]
+        if size > 2:  # with one or two votes the majority is a single random vote
+            metrics[f"maj@{size}"] = [majority_at_k(*votes, size, seed) for votes in zip(keys, verdicts)]
+    summary = {}
+    for name, values_Q in metrics.items():
+        low, high = mean_interval(values_Q, seed)
+        summary |= {name: sum(values_Q) / len(values_Q), f"{name}/low": low, f"{name}/high": high}
+    summary["parse_fail"] = sum(record["extracted"] is None for record in records) / len(records)
+    summary["truncated"] = sum(record["truncated"] for record in records) / len(records)
+    summary["mean_length"] = sum(record["length"] for record in records) / len(records)
+    for kind in ("level", "domain"):
+        groups = defaultdict(list)
+        for question, score in zip(questions, scores_Q):
+            groups[question[0][kind]].append(score)
+        summary[f"by_{kind}"] = {}
+        for value, scores in sorted(groups.items()):
+            low, high = mean_interval(scores, seed)
+            summary[f"by_{kind}"][value] = {"accuracy": sum(scores) / len(scores), "low": low, "high": high,
+                                            "n_problems": len(scores)}
+    return {**summary, "scores": scores_Q}
 
 
 def pass_at_k(n, c, k):
@@ -932,6 +960,17 @@ def majority_at_k(keys, correct, k, seed=0, n_subsets=100):
     return total / n_subsets
 
 
+def mean_interval(scores_Q, seed=0):
+    """95 % interval (low, high) for the mean of one score in 0..1 per question.
+
+    Wilson for verdicts, which holds for few questions and near 0 and 1 too; the bootstrap for means and pass@k.
+    """
+    n = len(scores_Q)
+    if set(scores_Q) <= {0, 1}:
+        return wilson_interval(sum(scores_Q), n)
+    return bootstrap_interval(scores_Q, seed) if n > 1 else (0.0, 1.0)
+
+
 def wilson_interval(c, n, z=1.96):
     """95 % interval (low, high) for a share of which c of n trials are seen. Source: Wilson 1927.
 
@@ -943,11 +982,7 @@ def wilson_interval(c, n, z=1.96):
 
 
 def bootstrap_interval(values_Q, seed=0, n_resamples=10_000):
-    """95 % percentile interval (low, high) of the mean, questions drawn with replacement.
-
-    Samples of one question are not independent, so the question is the unit: over single samples the interval would be
-    about half as wide as it should be.
-    """
+    """95 % percentile interval (low, high) of the mean, questions drawn with replacement: they are the unit."""
     values_Q = np.asarray(values_Q, dtype=np.float64)
     rng = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // len(values_Q))
@@ -955,26 +990,6 @@ def bootstrap_interval(values_Q, seed=0, n_resamples=10_000):
              for start in range(0, n_resamples, chunk)]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
-
-
-def rule_of_three(n):
-    """Upper 95 % limit for the rate of what never happened in n trials.
-
-    >>> rule_of_three(300)
-    0.01
-    """
-    return min(1.0, 3 / n)
-
-
-def mean_interval(scores_Q, seed=0):
-    """95 % interval (low, high) for the mean of one score in 0..1 per question.
-
-    Wilson for verdicts, which holds for few questions and near 0 and 1 too; the bootstrap for means and pass@k.
-    """
-    n = len(scores_Q)
-    if set(scores_Q) <= {0, 1}:
-        return wilson_interval(sum(scores_Q), n)
-    return bootstrap_interval(scores_Q, seed) if n > 1 else (0.0, 1.0)
 
 
 def paired_comparison(scores_a_Q, scores_b_Q, seed=0):
@@ -1000,106 +1015,19 @@ def paired_comparison(scores_a_Q, scores_b_Q, seed=0):
         spread = 1.96 * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
         low, high = max(-1.0, up - down - spread), min(1.0, up - down + spread)
     elif better + worse == 0:
-        low, high = -rule_of_three(n), rule_of_three(n)
+        high = min(1.0, 3 / n)  # 95 % limit for the rate of what never happened in n trials
+        low = -high
     else:
         low, high = bootstrap_interval(differences_Q, seed)
     return {"n_problems": n, "difference": sum(differences_Q) / n, "low": low, "high": high,
             "n_better": better, "n_worse": worse, "mcnemar_p": p}
 
 
-def evaluate(model, tokenizer, problems, *, n=1, k=(1,), max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0,
-             batch_size=256, progress=False):
-    """Samples n completions a problem (temperature 0: greedy) and judges them with `verify`.
-
-    Returns a dict: `accuracy` (the mean over all samples), `pass@k`, `maj@k` and, for each, `.../low` and `.../high` of
-    its 95 % interval clustered by question; `parse_fail`, `truncated` (shares of samples), `mean_length` (tokens, the
-    stop token counted); `by_level`, `by_domain`: {value: {accuracy, low, high, n_problems}}; `scores` (accuracy of each
-    problem, for `paired_comparison`); `records` (one dict a sample). A question asked twice is evaluated once.
-    """
-    problems = list({json.dumps(problem.prompt): problem for problem in problems}.values())
-    if not problems or n < 1 or not all(1 <= size <= n for size in k):
-        raise InputError(f"--k {','.join(map(str, k))}: needs problems, n >= 1 and each k in 1..n, not n={n}, "
-                         f"{len(problems)} problems")
-    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-    rollouts = generate(model, tokenizer, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                        top_p=top_p, seed=seed, batch_size=batch_size, progress=progress)
-    lengths, finished = rollouts.lengths_R.tolist(), rollouts.finished_R.tolist()
-    records = []
-    for row, text in enumerate(rollouts.texts(tokenizer)):
-        problem = problems[row // n]
-        records.append({"problem": row // n, "sample": row % n, "prompt": problem.prompt, "answer": problem.answer,
-                        "level": problem.level, "domain": problem.domain, "completion": text,
-                        "extracted": extract_answer(text), "correct": verify(text, problem.answer),
-                        "length": lengths[row], "truncated": not finished[row]})
-    return {"n_problems": len(problems), "n": n, "temperature": temperature, "top_p": top_p, "seed": seed,
-            "max_new_tokens": max_new_tokens, **summarize(records, n, k, seed), "records": records}
-
-
-def summarize(records, n, k, seed=0):
-    """The numbers `evaluate` returns, from its records: n in a row for each problem."""
-    questions = [records[i:i + n] for i in range(0, len(records), n)]
-    scores_Q = [sum(record["correct"] for record in question) / n for question in questions]
-    metrics = {"accuracy": scores_Q}
-    for size in k:
-        metrics[f"pass@{size}"] = [pass_at_k(n, round(score * n), size) for score in scores_Q]
-        if size > 2:  # with one or two votes the majority is a single random vote
-            metrics[f"maj@{size}"] = [
-                majority_at_k([record["extracted"] and answer_key(record["extracted"]) for record in question],
-                              [record["correct"] for record in question], size, seed) for question in questions]
-    summary = {}
-    for name, values_Q in metrics.items():
-        low, high = mean_interval(values_Q, seed)
-        summary |= {name: sum(values_Q) / len(values_Q), f"{name}/low": low, f"{name}/high": high}
-    for name, flags in {"parse_fail": [record["extracted"] is None for record in records],
-                        "truncated": [record["truncated"] for record in records],
-                        "mean_length": [record["length"] for record in records]}.items():
-        summary[name] = sum(flags) / len(records)
-    for kind in ("level", "domain"):
-        groups = defaultdict(list)
-        for question, score in zip(questions, scores_Q):
-            groups[question[0][kind]].append(score)
-        summary[f"by_{kind}"] = {}
-        for value, scores in sorted(groups.items()):
-            low, high = mean_interval(scores, seed)
-            summary[f"by_{kind}"][value] = {"accuracy": sum(scores) / len(scores), "low": low, "high": high,
-                                            "n_problems": len(scores)}
-    return {**summary, "scores": scores_Q}
-
-
 # --- plots ---
-
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for all eyes
 FIRST_PANELS = ("reward", "eval/accuracy", "loss", "rewards/accuracies", "rewards/margins", "entropy", "kl",
                 "grad_norm", "completions/mean_length", "frac_reward_zero_std", "clip_ratio", "learning_rate")
-
-
-def new_figure(n_panels, n_columns):
-    """(figure, flat list of axes). No pyplot: nothing global, and no display is ever looked for."""
-    from matplotlib.figure import Figure
-    n_columns = min(n_columns, n_panels)
-    n_rows = math.ceil(n_panels / n_columns)
-    figure = Figure(figsize=(4.4 * n_columns, 0.5 + 3.1 * n_rows), layout="constrained")
-    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    for extra in axes[n_panels:]:
-        extra.remove()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.92", linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, axes[:n_panels]
-
-
-def save_figure(figure, path):
-    """Writes the figure as a PNG, its folder made where needed."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
-
-
-def add_legend(figure, axis, n_columns=3):
-    """One legend above all panels, in the order of drawing."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(n_columns, len(labels)), frameon=False)
 
 
 def plot_runs(run_dirs, path):
@@ -1110,38 +1038,23 @@ def plot_runs(run_dirs, path):
     runs = [(label, read_metrics(run_dir)) for label, run_dir in zip(short_names(run_dirs), run_dirs)]
     names = {name for _, curves in runs for name in curves}
     names = [name for name in FIRST_PANELS if name in names] + sorted(names - set(FIRST_PANELS))
-    figure, axes = new_figure(len(names), n_columns=4 if len(names) > 9 else 3)
+    n_columns = 4 if len(names) > 9 else 3
+    figure, axes = new_figure(len(names), n_columns)
     for axis, name in zip(axes, names):
         for i, (label, curves) in enumerate(runs):
-            points = sorted(curves.get(name, {}).items())
-            steps, values = [step for step, _ in points], np.array([value for _, value in points], dtype=float)
-            color, width = COLORS[i % len(COLORS)], len(points) // 50
+            steps, values = np.array(sorted(curves.get(name, {}).items()), dtype=float).reshape(-1, 2).T
+            color, width = COLORS[i % len(COLORS)], len(steps) // 50
             if width > 1:
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
                 values = running_mean(values, width)
-            axis.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(points) < 20 else "", markersize=4,
+            axis.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(steps) < 20 else "", markersize=4,
                       label=label)
         axis.set_title(name, loc="left", fontsize=10)
         axis.margins(x=0.02)
-    for axis in axes[-min(len(axes), 4 if len(names) > 9 else 3):]:
+    for axis in axes[-n_columns:]:
         axis.set_xlabel("step")
-    add_legend(figure, axes[0])
+    add_legend(figure, axes[0], n_columns=3)
     save_figure(figure, path)
-
-
-def running_mean(values_N, width):
-    """Centred mean over 2 * width + 1 neighbours, fewer at the ends; NaN counts as missing."""
-    known_N = np.isfinite(values_N)
-    window = np.ones(2 * width + 1)
-    sums_N = np.convolve(np.where(known_N, values_N, 0.0), window)[width:-width]
-    counts_N = np.convolve(known_N.astype(float), window)[width:-width]
-    return np.where(counts_N > 0, sums_N / np.maximum(counts_N, 1), np.nan)
-
-
-def short_names(paths):
-    """A label for each path: its last part, or the whole path where two end alike."""
-    last = [Path(path).name or str(path) for path in paths]
-    return [str(path) if last.count(name) > 1 else name for path, name in zip(paths, last)]
 
 
 def read_metrics(run_dir):
@@ -1166,6 +1079,20 @@ def read_metrics(run_dir):
     return curves
 
 
+def running_mean(values_N, width):
+    """Centred mean over 2 * width + 1 neighbours, fewer at the ends; NaN counts as missing."""
+    known_N, window = np.isfinite(values_N), np.ones(2 * width + 1)
+    sums_N = np.convolve(np.where(known_N, values_N, 0.0), window, mode="same")
+    counts_N = np.convolve(known_N, window, mode="same")
+    return np.where(counts_N > 0, sums_N / np.maximum(counts_N, 1), np.nan)
+
+
+def short_names(paths):
+    """A label for each path: its last part, or the whole path where two end alike."""
+    last = [Path(path).name or str(path) for path in paths]
+    return [str(path) if last.count(name) > 1 else name for path, name in zip(paths, last)]
+
+
 def plot_evaluations(names, evaluations, path):
     """Accuracy by level (or by domain) and pass@k of several checkpoints, with 95 % intervals, as a PNG.
 
@@ -1173,20 +1100,18 @@ def plot_evaluations(names, evaluations, path):
     """
     main = [runs.get("sampled") or runs["greedy"] for runs in evaluations]
     kind = "by_level" if len(main[0]["by_level"]) > 1 else "by_domain"
+    groups = list(main[0][kind])
     ks = sorted(int(key[5:]) for key in main[0] if re.fullmatch(r"pass@\d+", key))
     figure, axes = new_figure(2 if len(ks) > 1 else 1, n_columns=2)
-    groups = list(main[0][kind])
-    for i, (name, result) in enumerate(zip(names, main)):
-        color, shift = COLORS[i % len(COLORS)], 0.12 * (i - (len(main) - 1) / 2)
-        x = np.arange(len(groups)) + shift
+    for i, (name, runs, result) in enumerate(zip(names, evaluations, main)):
+        color, x = COLORS[i % len(COLORS)], np.arange(len(groups)) + 0.12 * (i - (len(main) - 1) / 2)
         accuracy, low, high = (np.array([100 * result[kind][group][key] for group in groups])
                                for key in ("accuracy", "low", "high"))
-        how = f"mean of {result['n']} at T = {result['temperature']:g}" if "sampled" in evaluations[i] else "greedy"
-        axes[0].errorbar(x, accuracy, [np.maximum(accuracy - low, 0), np.maximum(high - accuracy, 0)], color=color,
-                         marker="o", markersize=5, linewidth=1.4, elinewidth=1, capsize=2.5,
-                         label=f"{name}, {how}")
-        if {"sampled", "greedy"} <= set(evaluations[i]):
-            axes[0].plot(x, [100 * evaluations[i]["greedy"][kind][group]["accuracy"] for group in groups], color=color,
+        how = f"mean of {result['n']} at T = {result['temperature']:g}" if "sampled" in runs else "greedy"
+        axes[0].errorbar(x, accuracy, np.maximum([accuracy - low, high - accuracy], 0), color=color, marker="o",
+                         markersize=5, linewidth=1.4, elinewidth=1, capsize=2.5, label=f"{name}, {how}")
+        if len(runs) > 1:
+            axes[0].plot(x, [100 * runs["greedy"][kind][group]["accuracy"] for group in groups], color=color,
                          marker="D", markersize=5, markerfacecolor="white", linestyle="", label=f"{name}, greedy")
         if len(ks) > 1:
             axes[1].fill_between(ks, *([100 * result[f"pass@{k}/{end}"] for k in ks] for end in ("low", "high")),
@@ -1206,8 +1131,34 @@ def plot_evaluations(names, evaluations, path):
     save_figure(figure, path)
 
 
-# --- main ---
+def new_figure(n_panels, n_columns):
+    """(figure, flat list of axes). No pyplot: nothing global, and no display is ever looked for."""
+    from matplotlib.figure import Figure
+    n_columns = min(n_columns, n_panels)
+    n_rows = math.ceil(n_panels / n_columns)
+    figure = Figure(figsize=(4.4 * n_columns, 0.5 + 3.1 * n_rows), layout="constrained")
+    axes = [figure.add_subplot(n_rows, n_columns, i + 1) for i in range(n_panels)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
 
+
+def add_legend(figure, axis, n_columns):
+    """One legend above all panels, in the order of drawing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(n_columns, len(labels)), frameon=False)
+
+
+def save_figure(figure, path):
+    """Writes the figure as a PNG, its folder made where needed; replaces an older one only when it is whole."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"{path}.tmp", dpi=150, format="png")
+    os.replace(f"{path}.tmp", path)
+
+
+# --- main ---
 
 def flag(default, help):
     """One command-line flag: its default and what it means."""
@@ -1262,7 +1213,8 @@ def parse_command(arguments=None):
 
 def read_ks(config):
     """The k of pass@k. Raises InputError for flags that contradict each other."""
-    for name, least in (("n", 1), ("n_problems", 0), ("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
+    lowest = {"n": 1, "n_problems": 0, "max_new_tokens": 1, "batch_size": 1, "temperature": 0, "seed": 0}
+    for name, least in lowest.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name} {getattr(config, name)}: must be {least} or more")
     if not 0 < config.top_p <= 1:
@@ -1277,9 +1229,10 @@ def read_ks(config):
 
 def run_evaluations(config, checkpoints, problems, ks):
     """For each checkpoint {"greedy": ..., "sampled": ...} as `evaluate` returns them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     load = partial(load_model, dtype=torch.bfloat16 if config.bf16 else torch.float32, seed=config.seed,
                    chat_template=config.chat_template)
+    judge = partial(evaluate, problems=problems, max_new_tokens=config.max_new_tokens, seed=config.seed,
+                    batch_size=config.batch_size, progress=sys.stderr.isatty())
     for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
         load(checkpoint)
     try:
@@ -1289,15 +1242,13 @@ def run_evaluations(config, checkpoints, problems, ks):
     evaluations = []
     for checkpoint in checkpoints:
         model, tokenizer = load(checkpoint)
-        model.to(device)
-        shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed, "batch_size": config.batch_size,
-                  "progress": sys.stderr.isatty()}
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         runs = {}
         if config.greedy or config.temperature == 0:
-            runs["greedy"] = evaluate(model, tokenizer, problems, temperature=0.0, **shared)
+            runs["greedy"] = judge(model, tokenizer, temperature=0.0)
         if config.temperature > 0:
-            runs["sampled"] = evaluate(model, tokenizer, problems, n=config.n, k=ks, temperature=config.temperature,
-                                       top_p=config.top_p, **shared)
+            runs["sampled"] = judge(model, tokenizer, n=config.n, k=ks, temperature=config.temperature,
+                                    top_p=config.top_p)
         evaluations.append(runs)
     return evaluations
 
@@ -1314,37 +1265,34 @@ def results_table(config, checkpoints, evaluations, comparisons):
     first = evaluations[0]
     main = "sampled" if "sampled" in first else "greedy"
     title = f"{config.dataset_name}, {config.split}: {first[main]['n_problems']} problems"
-    if main == "sampled":
-        title += f", {config.n} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
-    lines = [f"{title}, at most {config.max_new_tokens} tokens, seed {config.seed}",
-             "percent, in brackets the 95 % interval over problems"]
     columns = [("greedy", "greedy", "accuracy")] if "greedy" in first else []
     if main == "sampled":
+        title += f", {config.n} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
         columns += [(f"avg@{config.n}", main, "accuracy")]
         columns += [(key, main, key) for key in first[main] if re.fullmatch(r"(pass|maj)@\d+", key) and key != "pass@1"]
+    lines = [f"{title}, at most {config.max_new_tokens} tokens, seed {config.seed}",
+             "percent, in brackets the 95 % interval over problems"]
     rows = [["", *(title for title, _, _ in columns), "no answer", "cut off", "tokens"]]
     for checkpoint, runs in zip(checkpoints, evaluations):
         cells = [percent(*(runs[mode][f"{key}{end}"] for end in ("", "/low", "/high"))) for _, mode, key in columns]
         rows.append([checkpoint, *cells, percent(runs[main]["parse_fail"]), percent(runs[main]["truncated"]),
                      f"{runs[main]['mean_length']:.1f}"])
     lines += ["", *align(rows)]
-    for group in ("level", "domain"):
-        values = list(first[main][f"by_{group}"])
-        if len(values) > 1:
-            rows = [[f"{main}, by {group}", *map(str, values)]]
-            rows += [[checkpoint, *(percent(runs[main][f"by_{group}"][value]["accuracy"]) for value in values)]
+    for kind in ("level", "domain"):
+        groups = list(first[main][f"by_{kind}"])
+        if len(groups) > 1:
+            rows = [[f"{main}, by {kind}", *map(str, groups)]]
+            rows += [[checkpoint, *(percent(runs[main][f"by_{kind}"][group]["accuracy"]) for group in groups)]
                      for checkpoint, runs in zip(checkpoints, evaluations)]
             lines += ["", *align(rows)]
     for comparison in comparisons:
-        lines += ["", f"{comparison['checkpoint']} minus {comparison['against']}, on the same problems"]
         rows = []
-        for mode in ("greedy", "sampled"):
-            if mode in comparison:
-                paired = comparison[mode]
-                p = "" if paired["mcnemar_p"] is None else f", McNemar p = {paired['mcnemar_p']:.2g}"
-                rows.append([f"  {mode}", percent(paired["difference"], paired["low"], paired["high"], sign="+"),
-                             f"better on {paired['n_better']}, worse on {paired['n_worse']}{p}"])
-        lines += align(rows)
+        for mode in first:
+            paired = comparison[mode]
+            p = "" if paired["mcnemar_p"] is None else f", McNemar p = {paired['mcnemar_p']:.2g}"
+            rows.append([f"  {mode}", percent(paired["difference"], paired["low"], paired["high"], sign="+"),
+                         f"better on {paired['n_better']}, worse on {paired['n_worse']}{p}"])
+        lines += ["", f"{comparison['checkpoint']} minus {comparison['against']}, on the same problems", *align(rows)]
     return "\n".join(lines)
 
 
@@ -1360,25 +1308,25 @@ def percent(share, low=None, high=None, sign=""):
 def align(rows):
     """Lines with the columns below each other, the first one left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-            for row in rows]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def write_results(config, checkpoints, evaluations, comparisons, problems):
     """eval.json, samples.jsonl and eval.png in the output folder; each replaces an older one only when it is whole."""
     folder = Path(config.output_dir)
     digest = hashlib.sha256(json.dumps([[problem.prompt, problem.answer] for problem in problems]).encode()).hexdigest()
+    summaries, samples = [], []
+    for checkpoint, runs in zip(checkpoints, evaluations):
+        summaries.append({"checkpoint": checkpoint})
+        for mode, result in runs.items():
+            summaries[-1][mode] = {key: value for key, value in result.items() if key not in ("records", "scores")}
+            samples += [{"checkpoint": checkpoint, "decoding": mode, **record} for record in result["records"]]
     summary = {"flags": asdict(config), "problems_sha256": digest,
                "versions": {"python": platform.python_version(), "torch": torch.__version__,
                             "transformers": transformers.__version__},
-               "evaluations": [{"checkpoint": checkpoint} | {
-                   mode: {key: value for key, value in result.items() if key not in ("records", "scores")}
-                   for mode, result in runs.items()} for checkpoint, runs in zip(checkpoints, evaluations)],
-               "comparisons": comparisons}
-    samples = [json.dumps({"checkpoint": checkpoint, "decoding": mode, **record}, ensure_ascii=False)
-               for checkpoint, runs in zip(checkpoints, evaluations) for mode, result in runs.items()
-               for record in result["records"]]
-    for name, text in (("samples.jsonl", "\n".join(samples)), ("eval.json", json.dumps(summary, indent=1))):
+               "evaluations": summaries, "comparisons": comparisons}
+    lines = "\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples)
+    for name, text in (("samples.jsonl", lines), ("eval.json", json.dumps(summary, indent=1))):
         (folder / f"{name}.tmp").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         os.replace(folder / f"{name}.tmp", folder / name)
     plot_evaluations(short_names(checkpoints), evaluations, folder / "eval.png")
@@ -1407,9 +1355,9 @@ def main(arguments=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("eval.py: interrupted", file=sys.stderr)
         sys.exit(130)

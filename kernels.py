@@ -23,9 +23,11 @@ KERNELS=auto (default: Triton on a GPU, PyTorch elsewhere) | torch | triton (on 
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -297,17 +299,21 @@ class RowPlan(NamedTuple):
     block: int  # rows of a call of forward or backward
 
 
-def row_plan(hidden_ND, weight_VD, forward, backward, alpha, workspace_mb, n_logits=1):
-    """RowPlan with the operands' type as F.linear would have it, and the largest even chunks within workspace_mb."""
-    device, low, N, V = hidden_ND.device.type, hidden_ND.dtype, hidden_ND.shape[0], weight_VD.shape[0]
+def precisions(x):
+    """(type of the products' operands, as F.linear would have it; type of what is summed) for x, autocast included."""
+    low, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device) and low != torch.float64:
         low = torch.get_autocast_dtype(device)
-    high = torch.float64 if low == torch.float64 else torch.float32
-    cuda = device == "cuda"
+    return low, torch.float64 if low == torch.float64 else torch.float32
+
+
+def row_plan(hidden_ND, weight_VD, forward, backward, alpha, workspace_mb, n_logits=1):
+    """RowPlan with the largest even chunks within workspace_mb."""
+    (low, high), N, V, cuda = precisions(hidden_ND), len(hidden_ND), len(weight_VD), hidden_ND.is_cuda
     budget = (2048 if cuda else 256) if workspace_mb is None else workspace_mb
     row_bytes = V * (n_logits * high.itemsize + (low.itemsize if cuda and low != high else 0))
-    n_chunks = -(-N // max(1, int(budget * 2**20) // row_bytes))
-    rows = max(1, -(-N // max(1, n_chunks)))
+    n_chunks = math.ceil(N / max(1, int(budget * 2**20) // row_bytes))
+    rows = math.ceil(N / n_chunks) if N else 1
     block = rows if use_triton(hidden_ND) or cuda else max(1, min(rows, CACHE_ELEMENTS // V))
     return RowPlan(forward, backward, alpha, low, high, rows, block)
 
@@ -340,7 +346,7 @@ def operand(tensor, plan):
 
 def aligned_rows(B, V, dtype, device):
     """Uninitialised [B, V]; on a GPU its rows start at multiples of 64 elements, vocabularies being odd numbers."""
-    width = -(-V // 64) * 64 if device.type == "cuda" else V
+    width = math.ceil(V / 64) * 64 if device.type == "cuda" else V
     return torch.empty(B, width, dtype=dtype, device=device)[:, :V]
 
 
@@ -389,8 +395,8 @@ class LinearRows(torch.autograd.Function):
         h_ND, w_VD, s, sw = (operand(tensor, plan) for tensor in (hidden_ND, weight_VD, side, side_weight))
         grads = [None if g is None else g.contiguous() for g in grads]  # of a sum, they come with stride 0
         grads[0] = torch.zeros_like(results[0]) if grads[0] is None else grads[0]
-        work, held, ctx.held = *(ctx.held or (None, None)), None  # a loss kept for logging must not keep logits
-        work = work or new_workspace(h_ND, w_VD, sw, plan)
+        work, held = ctx.held or (new_workspace(h_ND, w_VD, sw, plan), None)
+        ctx.held = None  # a loss kept for logging must not keep logits
         dz_BV = work[0] if h_ND.dtype == plan.high else aligned_rows(len(work[0]), len(w_VD), h_ND.dtype, h_ND.device)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         dw_VD = torch.empty_like(w_VD, dtype=plan.high) if ctx.needs_input_grad[1] else None
@@ -404,8 +410,8 @@ class LinearRows(torch.autograd.Function):
                 product(dz, w_VD, dh_ND[chunk], plan.alpha)
             if dw_VD is not None:
                 product(dz.T, h_ND[chunk], dw_VD, plan.alpha, beta=min(i, 1))  # beta 0 overwrites, 1 adds
-        dh_ND = None if dh_ND is None else dh_ND.to(hidden_ND.dtype)
-        return dh_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype), None, None, None
+        dh_ND, dw_VD = (None if d is None else d.to(x.dtype) for d, x in ((dh_ND, hidden_ND), (dw_VD, weight_VD)))
+        return dh_ND, dw_VD, None, None, None
 
 
 # --- operations ---
@@ -453,6 +459,8 @@ def linear_kl(hidden_ND, weight_VD, teacher_hidden_NH, teacher_weight_VH, *, kin
     """
     if kind not in ("forward", "reverse", "jsd"):
         raise ValueError(f"kind={kind!r}: forward, reverse or jsd")
+    if len(weight_VD) != len(teacher_weight_VH):  # a Triton kernel would read past the shorter row
+        raise ValueError(f"{len(weight_VD)} tokens against the teacher's {len(teacher_weight_VH)}")
     forward, backward = (kl_triton, kl_grad_triton) if use_triton(hidden_ND) else (kl_torch, kl_grad_torch)
     plan = row_plan(hidden_ND, weight_VD, partial(forward, kind=kind, beta=beta),
                     partial(backward, kind=kind, beta=beta), 1 / temperature, workspace_mb, n_logits=2)
@@ -614,15 +622,13 @@ def moe_experts(x_ND, ids_NK, weights_NK, gate_up_EFD, down_EDI):
     FLOPs: 6SDI forward, 12SDI backward, S = NK. Bytes: the weights, 6EDI (bf16), dominate below some 200 rows an
     expert; then 2S(3D + 5I) forward. Source: sort and grouped product as in MegaBlocks (2211.15841).
     """
-    low = x_ND.dtype
-    if torch.is_autocast_enabled(x_ND.device.type) and low != torch.float64:
-        low = torch.get_autocast_dtype(x_ND.device.type)
+    low, high = precisions(x_ND)
     sorted_S, order_S = ids_NK.flatten().sort(stable=True)
     slots_NK = order_S.argsort().view_as(ids_NK)  # where each choice went
     tokens_S = order_S // ids_NK.shape[1]
     experts_E = torch.arange(len(down_EDI), device=ids_NK.device)
     ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)  # bincount would wait for the GPU
-    w_S = weights_NK.flatten()[order_S].to(torch.float64 if low == torch.float64 else torch.float32)
+    w_S = weights_NK.flatten()[order_S].to(high)
     with torch.autocast(x_ND.device.type, enabled=False):
         gate_up_SF = grouped_linear(Route.apply(x_ND.to(low), tokens_S, slots_NK, True), gate_up_EFD.to(low), ends_E)
         y_SD = grouped_linear(SwiGLU.apply(gate_up_SF, w_S), down_EDI.to(low), ends_E)
@@ -654,5 +660,8 @@ def sharded_mask(n_heads, n_kv_heads, stride, local_blocks=1, block=64, document
 # --- main ---
 
 if __name__ == "__main__":
+    parser = ArgumentParser("kernels.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"kernels.py: {message}\n")  # argparse would print the usage as well
+    parser.parse_args()
     checks = Path(__file__).parent / "tests" / "bench" / "bench_kernels.py"
     sys.exit(subprocess.run([sys.executable, checks, "check"]).returncode)

@@ -1,4 +1,4 @@
-"""eval.py: the answer checker, the problems, the statistics and the command line. (The sampler: test_sampler.py.)"""
+"""eval.py: the answer checker, the problems, the statistics and the command line. (The sampler: test_generate.py.)"""
 
 import csv
 import doctest
@@ -38,6 +38,7 @@ RIGHT = [
     ("<answer>4</answer>", "4"), ("<answer> 4 </answer>, as 2+2", "4"), (r"<answer>\boxed{4}</answer>", "4"),
     ("The answer is 42.", "42"), ("**42**", "42"), ("x = -5", "-5"), ("10-5", "5"), ("3:45", "45"),
     ("Problem #3: the answer is 42", "42"), ("# Notes\nso 42", "42"), (r"the answer is \frac{3}{4}", "3/4"),
+    (r"the answer is \dfrac{ 3 }{ 4 }", "3/4"),
     (r"\boxed{3} or \boxed{4}", "4"), ("<think>it is 5</think>The answer is 4", "4"), ("so 4</think>#### 5", "5"),
     # the numbers
     ("#### 18.", "18"), ("#### $18", "18"), ("#### 1,000", "1000"), ("#### 1000", "1,000"), ("#### 18.00", "18"),
@@ -121,6 +122,25 @@ def test_a_stuck_judge_is_killed_and_replaced():
     assert judge.process.pid != first.pid
 
 
+def test_an_interrupted_judge_does_not_answer_the_next_question(monkeypatch):
+    class Echo(MathJudge):
+        PROGRAM = ("import json, sys\nprint('ready', flush=True)\n"
+                   "for line in sys.stdin: print(json.loads(line)[0], flush=True)")
+
+    judge, reply = Echo(), Echo.reply
+
+    def interrupted(self, seconds):
+        if seconds == self.DEADLINE_S:
+            monkeypatch.setattr(Echo, "reply", reply)
+            raise KeyboardInterrupt
+        return reply(self, seconds)
+
+    monkeypatch.setattr(Echo, "reply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge.equal("1", "x")
+    assert judge.equal("0", "x") is False and judge.equal("1", "y") is True
+
+
 def test_judge_that_cannot_start_says_so():
     class Broken(MathJudge):
         PROGRAM = "import no_such_module"
@@ -198,6 +218,12 @@ def test_chain_is_a_function_of_its_arguments():
 def test_chain_repeats_where_expressions_run_out():
     problems = load_problems("chain", "test", 600, levels="1", domains="mul")
     assert len(problems) == 600 and len({problem.prompt for problem in problems}) < 300
+
+
+def test_a_sum_that_reaches_the_limit_early_is_drawn_again(monkeypatch):
+    monkeypatch.setattr(ground, "CHAIN_LIMIT", 110)  # at 199 it takes some thousands of problems of level 7
+    for problem in load_problems("chain", "train", 300, levels="5-7", domains="add"):
+        assert len(problem.solution.split(";")) == problem.level and int(problem.answer) <= 110
 
 
 def test_error_rate_spoils_steps_of_the_solution_alone():
@@ -299,7 +325,8 @@ def test_columns_templates_and_choice(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"", "holds no rows"), (b"\n \n", "holds no rows"),
     (b'{"prompt": "a"}\n\n{"prompt": \n', r"rows\.jsonl:3: not valid JSON"),
-    (b'{"prompt": "a"}\n[1]\n', r"rows\.jsonl:2: "), (b'{"prompt": "a"}\n\xff\n', r"rows\.jsonl:2: not UTF-8"),
+    (b'{"prompt": "a"}\n[1]\n', r"rows\.jsonl:2: "), (b'[1, {"prompt": "a"}]', r"rows\.jsonl:1: .* not int"),
+    (b'{"prompt": "a"}\n\xff\n', r"rows\.jsonl:2: not UTF-8"),
     (b'{"prompt": "a", "answer": "1"}\n{"prompt": "a"}\n', "row 2: column 'answer'"),
     (b'{"prompt": " ", "answer": "1"}\n', "row 1: column 'prompt'"), (b"[" * 100_000, r"rows\.jsonl:1: "),
     (b'{"prompt": [{"role": "user"}], "answer": "1"}', "row 1: column 'prompt'"),
@@ -556,7 +583,7 @@ def test_the_same_checkpoint_does_not_differ_from_itself(checkpoints, tmp_path):
     (["tiny", "--top_p", "0"], "--top_p"), (["tiny", "--le", "1"], "--le"), (["tiny", "--temperature", "0"], "--n 8"),
     (["tiny", "no-such-folder"], "no-such-folder"), (["tiny", "--levels", "0"], "--levels"),
     (["--plot", "no-such-run"], "--plot no-such-run"), (["tiny", "--temperature", "-1"], "--temperature"),
-    (["tiny", "--dataset_name", "chian"], "--dataset_name chian"),
+    (["tiny", "--dataset_name", "chian"], "--dataset_name chian"), (["tiny", "--seed", "-1"], "--seed -1"),
 ])
 def test_bad_command_lines_leave_nothing_behind(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -576,6 +603,13 @@ def test_exit_code(tmp_path):
     done = subprocess.run([sys.executable, ground.__file__, "--foo"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == "eval.py: --foo: no such flag (--help lists them)\n"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1}])
+    command = [sys.executable, ground.__file__, "--plot", ".", "--output_dir", "metrics.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("eval.py: ") and done.stderr.count("\n") == 1
 
 
 def test_every_flag_is_read_and_explained():
@@ -604,6 +638,19 @@ def test_plot_runs(tmp_path):
         plot_runs([tmp_path / "b"], tmp_path / "curves.png")
 
 
+def test_a_picture_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch):
+    def full_disk(figure, path, **options):
+        Path(path).write_text("half")
+        raise OSError("no space left")
+
+    (tmp_path / "a.png").write_text("old")
+    figure, _ = ground.new_figure(1, 1)
+    monkeypatch.setattr(type(figure), "savefig", full_disk)
+    with pytest.raises(OSError):
+        ground.save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "old"
+
+
 def test_running_mean_skips_what_is_missing():
     values = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
     assert ground.running_mean(values, 1).tolist() == [1.5, 1.5, 3.0, 4.5, 4.5]
@@ -612,6 +659,16 @@ def test_running_mean_skips_what_is_missing():
 def test_doctests():
     results = doctest.testmod(ground)
     assert results.attempted >= 10 and results.failed == 0
+
+
+def test_an_exception_without_a_message_is_named_by_its_type(tmp_path, monkeypatch):
+    def silent(name):
+        raise OSError
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(ground.AutoTokenizer, "from_pretrained", silent)
+    with pytest.raises(InputError, match=r"cannot be loaded \(OSError\)"):
+        load_model(str(tmp_path))
 
 
 def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

@@ -80,6 +80,9 @@ def test_a_row_does_not_depend_on_its_neighbours(qwen, tokenizer):
         assert [parts.ids(r) for r in range(20)] == [whole.ids(r) for r in range(20)]
     some = generate(qwen, tokenizer, [prompts[3], prompts[1]], n=4, max_new_tokens=30, seed=5, keys=[3, 1])
     assert [some.ids(r) for r in range(8)] == [whole.ids(r) for r in (12, 13, 14, 15, 4, 5, 6, 7)]
+    uneven = generate(qwen, tokenizer, prompts, n=[0, 2, 0, 4, 1], max_new_tokens=30, seed=5, batch_size=4)
+    assert [uneven.ids(r) for r in range(7)] == [whole.ids(r) for r in (4, 5, 12, 13, 14, 15, 16)]
+    assert len(generate(qwen, tokenizer, prompts[:2], n=[0, 0]).lengths_R) == 0
     fewer = generate(qwen, tokenizer, prompts, n=2, max_new_tokens=30, seed=5)
     assert [fewer.ids(2 * p + j) for p in range(5) for j in range(2)] == [whole.ids(4 * p + j) for p in range(5) for j in range(2)]
     assert len({tuple(whole.ids(r)) for r in range(4)}) == 4  # samples of one prompt differ

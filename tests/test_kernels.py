@@ -416,6 +416,8 @@ def test_divergences_mean_what_their_names_say():
     assert teacher[0].grad is None and teacher[1].grad is None  # the teacher does not learn
     with pytest.raises(ValueError, match="forward, reverse or jsd"):
         linear_kl(hidden, weight, *teacher, kind="fkl")
+    with pytest.raises(ValueError, match="33 tokens against the teacher's 32"):
+        linear_kl(hidden, weight, teacher[0], teacher[1][:32])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -565,6 +567,15 @@ def test_script_checks_itself_and_the_switch_is_checked():
     assert result.returncode == 0 and len(rows) == 18 and all(row["ok"] for row in rows), result.stdout + result.stderr
     wrong = run(["kernels.py"], KERNELS="cuda")
     assert wrong.returncode == 2 and "auto, torch, triton" in wrong.stderr
+
+
+@pytest.mark.skipif(TRITON, reason="starts its own processes")
+@pytest.mark.parametrize("script", ["kernels.py", "tests/bench/bench_kernels.py"])
+def test_help_is_the_docstring_and_no_other_flag_is_taken(script):
+    result = run([script, "--help"])
+    assert result.returncode == 0 and "one JSON line a row" in " ".join(result.stdout.split()) and not result.stderr
+    wrong = run([script, "--foo"])
+    assert wrong.returncode == 2 and wrong.stderr == f"{Path(script).name}: unrecognized arguments: --foo\n"
 
 
 @pytest.mark.skipif(TRITON, reason="this is that process")

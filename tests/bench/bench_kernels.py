@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -158,8 +159,8 @@ def bench_cpu():
         for entropy in ("none", "logged", "trained"):
             row = {"op": "linear_logps", "N": N, "V": V, "D": D, "entropy": entropy, "threads": 1}
             for variant in ("materialised", "chunked"):
-                child = subprocess.run([sys.executable, __file__, variant, *map(str, (N, V, D, runs)), entropy],
-                                       capture_output=True, text=True, check=True)
+                command = [sys.executable, __file__, "child", variant, *map(str, (N, V, D, runs)), entropy]
+                child = subprocess.run(command, capture_output=True, text=True, check=True)
                 seconds, mb = map(float, child.stdout.split())
                 row |= {f"{variant}_cpu_ms": round(seconds * 1000, 3), f"{variant}_extra_mb": round(mb, 1)}
             row["time_ratio"] = round(row["chunked_cpu_ms"] / row["materialised_cpu_ms"], 3)
@@ -300,14 +301,18 @@ def transformers_experts(x, ids, weights, experts):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["check"]:
+    if sys.argv[1:2] == ["child"]:
+        cpu_child(sys.argv[2], *map(int, sys.argv[3:7]), sys.argv[7])
+        sys.exit()
+    parser = ArgumentParser("bench_kernels.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["check"], help="what `python kernels.py` does")
+    parser.error = lambda message: parser.exit(2, f"bench_kernels.py: {message}\n")
+    if parser.parse_args().what == "check":
         failures = check()
         if torch.cuda.is_available():
             bench_gpu()
         sys.exit(1 if failures else 0)
-    if len(sys.argv) > 1:
-        cpu_child(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6])
-    elif torch.cuda.is_available():
+    if torch.cuda.is_available():
         bench_gpu()
     else:
         print(json.dumps({"gpu": "not measured: none here"}))
