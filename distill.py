@@ -206,7 +206,7 @@ def silent_groups(rewards_PG):
 
 
 def kl_k3(logps_BS, reference_logps_BS):
-    """KL(policy || reference) per token in nats, 0 or more; tokens sampled from the policy. Source: Schulman 2020, k3."""
+    """KL(policy || reference) per token in nats, 0 or more; tokens are the policy's. Source: Schulman 2020, k3."""
     log_ratio_BS = reference_logps_BS - logps_BS  # reference minus policy: the other way round is another quantity
     return log_ratio_BS.expm1() - log_ratio_BS
 
@@ -458,8 +458,8 @@ def make_lessons(problems, tokenizer, config):
     kept = [lesson for lesson in lessons if lesson.solution
             and max(len(lesson.teacher_prompt), len(lesson.prompt + retelling(lesson, [], tags))) <= room]
     if len(kept) < len(lessons):
-        print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
-              "or have an empty solution, and are left out")
+        say(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
+            "or have an empty solution, and are left out")
     if not kept:
         raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
     return kept
@@ -618,6 +618,12 @@ def barrier():
     """All processes meet here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def say(text):
+    """Prints a line, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def sum_over_processes(values, world):
@@ -980,7 +986,7 @@ def open_run(config, args):
     if config.overwrite and (run / "args.json").is_file():
         for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
@@ -1135,6 +1141,19 @@ def end_run(run, policy, tokenizer, world):
     barrier()
 
 
+def check_values(config, choices, lowest, shares=()):
+    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
+
+
 def check_frame(config):
     """Raises InputError for flags that every script has and that cannot be meant."""
     choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
@@ -1201,7 +1220,7 @@ def show_example(example, tokenizer):
     for token, trained in zip(example.ids, example.trained):
         text += (end if inside and not trained else "") + (begin if trained and not inside else "")
         text, inside = text + tokenizer.decode([token]), trained
-    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
+    say(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
 
 
 def read_config(Config):
@@ -1567,8 +1586,7 @@ class Imitate:
         about = ", ".join(f"{name} {value:.4g}" for name, value in self.about.items())
         if not kept:
             raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on ({about})")
-        if self.world.rank == 0:
-            print(f"{len(kept)} of {len(traces)} traces: {about}")
+        say(f"{len(kept)} of {len(traces)} traces: {about}")
         self.about["data/traces"] = len(kept)
         return kept
 
@@ -1656,19 +1674,12 @@ def check_config(config):
     choices = {"method": ("rlt", "ssb", "logits", "on_policy", "bootstrap"),
                "stage": ("all", "warm_up", "teacher", "student"), "completions": ("dataset", "teacher"),
                "divergence": ("auto", "forward", "reverse", "jsd")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
     lowest = {"kd_temperature": 0, "kd_topk": 0, "teacher_sft_steps": 0, "teacher_steps": 1, "teacher_learning_rate": 0,
               "teacher_batch_size": 1, "rlt_alpha": 0, "rlt_lambda": 0, "format_penalty": 0, "beta": 0,
               "ref_model_sync_steps": 1, "n_traces": 0, "num_generations": 1, "min_thought_tokens": 0,
               "max_thought_tokens": 0, "n_shots": 0, "rounds": 0, "generation_batch_size": 1, "max_length": 2}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
-    for name in ("kd_weight", "lmbda", "prune_fraction", "ref_model_mixup_alpha", "error_rate"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be between 0 and 1")
+    check_values(config, choices, lowest, ("kd_weight", "lmbda", "prune_fraction", "ref_model_mixup_alpha",
+                                           "error_rate"))
     if not 0 < config.jsd_beta < 1:
         raise InputError(f"--jsd_beta {config.jsd_beta}: must be above 0 and below 1 (--divergence forward or reverse "
                          "is no end of it)")
@@ -1746,12 +1757,12 @@ def train(config, world, stop):
     fill_formats(config, tokenizer)
     fill_learning_rate(config, model, *((5e-5, 1e-6) if reinforced else (1e-3, 1e-5)))
     course = (Reinforce if reinforced else Imitate)(tokenizer, config, world, resume)
-    run = begin_run(config, world, resume, args, course.data)
+    run = begin_run(config, world, resume, args, model, course.data)
     if course.traces and not resume and world.rank == 0:
         write_traces(run, course.traces)
 
     sampling = reinforced or config.method == "on_policy"
-    decoder = make_decoder(model, config) if sampling or eval_problems else None
+    decoder = make_decoder(model, config, world) if sampling or eval_problems else None
     policy = distribute(Learner(model), config, world)
     optimizer = make_optimizer(policy, config)
     state = {"step": 0, "bad_steps": 0, "about": course.about}
@@ -1761,7 +1772,7 @@ def train(config, world, stop):
     if course.frozen is not None:
         check_same_weights(course.frozen, state, course.frozen_flag, config)
     log = Log(run, config, world)
-    if world.rank == 0 and not reinforced:
+    if not reinforced:
         show_example(course.pool[0], tokenizer)
 
     while state["step"] < config.max_steps:

@@ -342,8 +342,8 @@ def make_pairs(rows, tokenizer, config):
     kept = [pair for pair in different
             if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= config.max_length]
     if len(kept) < len(pairs):
-        print(f"of {len(pairs)} pairs {len(pairs) - len(different)} have no difference and "
-              f"{len(different) - len(kept)} are longer than --max_length {config.max_length}: left out")
+        say(f"of {len(pairs)} pairs {len(pairs) - len(different)} have no difference and "
+            f"{len(different) - len(kept)} are longer than --max_length {config.max_length}: left out")
     if not kept:
         raise InputError(f"--max_length {config.max_length}, --dataset_name {config.dataset_name}: no pair is left")
     return kept
@@ -838,7 +838,7 @@ def open_run(config, args):
     if config.overwrite and (run / "args.json").is_file():
         for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
@@ -1403,7 +1403,7 @@ def pair_batch_loss(policy, batch, pairs, reference_PC, n_pairs, config):
 def show_pair(pair, tokenizer):
     """Prints a pair as it is trained on, special tokens included."""
     texts = (tokenizer.decode(ids, skip_special_tokens=False) for ids in pair[:3])
-    print("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts))
+    say("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts))
 
 
 def main(config):
@@ -1446,8 +1446,7 @@ def main(config):
             state["about"] = about and {**about, "rollouts": state["rollouts"]}
             if since == 0:
                 optimizer.state.clear()  # its moments are another loss's
-                if world.rank == 0:
-                    show_pair(current.pairs[0], tokenizer)
+                show_pair(current.pairs[0], tokenizer)
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
         sampled = number > 0 and config.pairs != "offline"
         n = len(current.pairs) if sampled else n_open(len(current.pairs), step, config)

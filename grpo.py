@@ -238,7 +238,7 @@ def policy_gain(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
 
 
 def kl_k3(logps_BS, reference_logps_BS):
-    """KL(policy || reference) per token in nats, 0 or more; tokens sampled from the policy. Source: Schulman 2020, k3."""
+    """KL(policy || reference) per token in nats, 0 or more; tokens are the policy's. Source: Schulman 2020, k3."""
     log_ratio_BS = reference_logps_BS - logps_BS  # reference minus policy: the other way round is another quantity
     return log_ratio_BS.expm1() - log_ratio_BS
 
@@ -433,6 +433,12 @@ def barrier():
     """All processes meet here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def say(text):
+    """Prints a line, on the first process alone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def sum_over_processes(values, world):
@@ -722,7 +728,7 @@ def open_run(config, args):
     if config.overwrite and (run / "args.json").is_file():
         for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
@@ -875,6 +881,19 @@ def end_run(run, policy, tokenizer, world):
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
         print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
     barrier()
+
+
+def check_values(config, choices, lowest, shares=()):
+    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
+    for name, low in lowest.items():
+        if not low <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
 
 
 def check_frame(config):
@@ -1884,13 +1903,18 @@ def update_policy(policy, optimizer, update, step, config, world):
 def check_config(config):
     """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
     clips = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 1.0)}
-    choices = {"loss_type": " ".join(clips), "scale_rewards": "auto group batch none", "baseline": "mean leave_one_out",
-               "arm": "level domain steps level,domain", "scaffold": "none hints egsr subgoals negatives",
-               "hint_logps": "auto hinted plain", "subgoal_form": "alone given", "entropy_weighting": "uniform tea",
-               "kd_direction": "reverse forward", "kd_schedule": "constant anneal switch", "kd_rows": "all wrong stuck"}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed.split():
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed.split())}")
+    choices = {"loss_type": tuple(clips), "scale_rewards": ("auto", "group", "batch", "none"),
+               "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
+               "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
+               "hint_logps": ("auto", "hinted", "plain"), "subgoal_form": ("alone", "given"),
+               "entropy_weighting": ("uniform", "tea"), "kd_direction": ("reverse", "forward"),
+               "kd_schedule": ("constant", "anneal", "switch"), "kd_rows": ("all", "wrong", "stuck")}
+    lowest = {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1, "beta": 0,
+              "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0, "cispo_max_weight": 0,
+              "dump_window": 1, "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1,
+              "budget_drops": 0, "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}
+    check_values(config, choices, lowest, ("sampler_rate", "horizon_gate", "horizon_review", "scaffold_exempt",
+                                           "ref_model_mixup_alpha"))
     if config.sampler not in SAMPLERS and not config.sampler.startswith("yoked:") or config.sampler == "yoked":
         raise InputError(f"--sampler {config.sampler}: must be one of {', '.join(SAMPLERS)}:RUN")
     config.epsilon = config.epsilon or clips[config.loss_type][0]
@@ -1901,16 +1925,6 @@ def check_config(config):
         config.hint_logps = "plain" if config.scaffold == "egsr" else "hinted"
     usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
     config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
-    lowest = {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1, "beta": 0,
-              "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0, "cispo_max_weight": 0,
-              "dump_window": 1, "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1,
-              "budget_drops": 0, "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}
-    for name, low in lowest.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
-    for name in ("sampler_rate", "horizon_gate", "horizon_review", "scaffold_exempt", "ref_model_mixup_alpha"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
     for name in config.reward_funcs:
         if name not in REWARDS:
             raise InputError(f"--reward_funcs {name}: must be among {', '.join(REWARDS)}")
@@ -2042,9 +2056,9 @@ def main(config):
     reference = make_frozen("model_name_or_path", config.beta, tokenizer, config, world)
     teacher = make_frozen("teacher_model_name_or_path", config.kd_coef, tokenizer, config, world)
     fill_learning_rate(config, model, small=5e-5, large=1e-6)
-    run = begin_run(config, world, resume, args, problems)
+    run = begin_run(config, world, resume, args, model, problems)
 
-    decoder = make_decoder(model, config)
+    decoder = make_decoder(model, config, world)
     policy = distribute(Policy(model), config, world)
     optimizer = make_optimizer(policy, config)
     state, tensors = {"step": 0, "bad_steps": 0, "sampler": sampler.state, "rollouts": 0, "num_tokens": 0}, {}

@@ -1087,7 +1087,7 @@ def open_run(config, args):
     if config.overwrite and (run / "args.json").is_file():
         for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
@@ -1464,11 +1464,10 @@ def main(config):
         set_bias(unwrap(policy).model, tensors["bias_LE"])
     balance = Balance(policy, names, config, world)
     log, stop = Log(run, config, world), StopSignal()
-    if world.rank == 0:
-        print("\n".join(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
-                        f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins {text!r}"
-                        for name, size, weight, text in zip(names, sizes, weights, (
-                            tokenizer.decode(stream.ids[:40].tolist()) for stream in streams))))
+    for name, size, weight, stream in zip(names, sizes, weights, streams):
+        say(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
+            f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins "
+            f"{tokenizer.decode(stream.ids[:40].tolist())!r}")
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]

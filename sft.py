@@ -977,7 +977,7 @@ def open_run(config, args):
     if config.overwrite and (run / "args.json").is_file():
         for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill at the start leaves that
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
@@ -1211,7 +1211,7 @@ def show_example(example, tokenizer):
     for token, trained in zip(example.ids, example.trained):
         text += (end if inside and not trained else "") + (begin if trained and not inside else "")
         text, inside = text + tokenizer.decode([token]), trained
-    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
+    say(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
 
 
 def read_config(Config):
@@ -1318,8 +1318,7 @@ def main(config):
         for name, tensor in adapter_tensors(policy, config).items():
             tensor.copy_(tensors[name])
     log, stop = Log(run, config, world), StopSignal()
-    if world.rank == 0:
-        show_example(examples[0], tokenizer)
+    show_example(examples[0], tokenizer)
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]

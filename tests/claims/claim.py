@@ -197,13 +197,13 @@ def compare(figures, arm, against, name):
     return found
 
 
-def verdict(comparison):
-    """`better` or `worse` where both intervals leave out 0, `leans` so where only the bootstrap's does, else nothing."""
+def verdict(comparison, words=("better", "worse")):
+    """The word for up or down where both intervals leave out 0, `leans` before it where only the bootstrap's does."""
     low, high = comparison["low"], comparison["high"]
     if low is None or low <= 0 <= high:
         return "no difference seen"
     leans = "leans " if comparison["t_low"] <= 0 <= comparison["t_high"] else ""
-    return leans + ("better" if low > 0 else "worse")
+    return leans + words[0 if low > 0 else 1]
 
 
 def run_claim(claim, seeds, quick=False, jobs=1, runs=ROOT / "runs" / "claims"):

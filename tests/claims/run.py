@@ -36,7 +36,8 @@ def table(results):
             if c["low"] is None:
                 change = "reached in fewer than two seeds"
             else:
-                change = f"{sum(against) / len(against):.3g} {c['difference']:+.3g} [{c['low']:+.3g} {c['high']:+.3g}]"
+                change = "{:.3g} {:+.3g} [{:+.3g} {:+.3g}]".format(  # rounded: of a difference of 0, rounding leaves 1e-17
+                    *(round(x, 9) + 0.0 for x in (sum(against) / len(against), c["difference"], c["low"], c["high"])))
             lines.append(f"| {first} | {c['arm']} − {c['against']} | {main} | {change} | {c['wins']} / {c['losses']} "
                          f"of {result['seeds']} | {verdict(c)} | {minutes} |")
             first = minutes = ""
@@ -65,7 +66,8 @@ def show(result):
     for c in result["comparisons"]:
         if c["low"] is not None:
             print(f"  {c['arm']} - {c['against']}, {c['figure']}: {c['difference']:+.4g} [{c['low']:+.4g} "
-                  f"{c['high']:+.4g}]  better on {c['wins']}, worse on {c['losses']}: {verdict(c)}")
+                  f"{c['high']:+.4g}]  higher in {c['wins']} seeds, lower in {c['losses']}: "
+                  + verdict(c, ("higher", "lower")))  # of a length or a cost, more is not better
     print(f"  {result['cpu_minutes']:.1f} minutes of processor time")
 
 
