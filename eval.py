@@ -1233,8 +1233,11 @@ def run_evaluations(config, checkpoints, problems, ks):
                    chat_template=config.chat_template)
     judge = partial(evaluate, problems=problems, max_new_tokens=config.max_new_tokens, seed=config.seed,
                     batch_size=config.batch_size, progress=sys.stderr.isatty())
-    for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
-        load(checkpoint)
+    try:
+        for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
+            load(checkpoint)
+    except InputError as error:  # here it is no flag's value
+        raise InputError(str(error).removeprefix("--model_name_or_path ")) from error
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,7 +16,7 @@ Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocab
 O, I a matrix's outputs and inputs · R the rank of an adapter.
 
     python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: 3 minutes
-    python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-gsm8k \
+    python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-qwen \
         --learning_rate 1e-5 --max_steps 300 --per_device_train_batch_size 32             # one GPU
     torchrun --nproc-per-node 8 sft.py --fsdp ...                                         # several GPUs
 """
@@ -987,9 +987,10 @@ def open_run(config, args):
         before = json.loads((run / "args.json").read_text())
     except ValueError as error:
         raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
-    for name in ("script", "rows_per_step"):
+    rows = "per_device_train_batch_size x gradient_accumulation_steps x processes ="
+    for name, known_as in (("script", "script"), ("rows_per_step", rows)):
         if before[name] != args[name]:
-            raise InputError(f"--output_dir {run}: holds a run with {name} {before[name]}, not {args[name]}; "
+            raise InputError(f"--output_dir {run}: holds a run with {known_as} {before[name]}, not {args[name]}; "
                              "--overwrite deletes it")
     for name, value in args["flags"].items():
         if name not in FREE_FLAGS and before["flags"].get(name) != value:
@@ -1077,8 +1078,8 @@ class Log:
             self.new_samples()  # those of a continued run are there already
 
     def step(self, step, numbers, show, tokens, seconds):
-        """Writes one step's numbers; prints those named in `show` every --logging_steps. Keys under time/ are not
-        repeatable from run to run; all others are."""
+        """Writes one step's numbers; prints those named in `show` every --logging_steps and at each evaluation. Keys
+        under time/ are not repeatable from run to run; all others are."""
         self.steps_done += 1
         if not self.active:
             return
@@ -1086,7 +1087,8 @@ class Log:
         line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
                 "time/peak_memory_gb": memory / 2**30}
         append_line(self.path, line)
-        due = step % self.config.logging_steps == 0 or step == self.config.max_steps
+        due = (step % self.config.logging_steps == 0 or step == self.config.max_steps
+               or any(name.startswith("eval/") for name in numbers))
         if self.wandb:
             self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
         if due:
@@ -1179,9 +1181,15 @@ def load_eval_problems(config):
         say("no evaluation while training: --eval_dataset_name names the problems for it")
     if not config.eval_steps or not name:
         return []
-    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
-                         domains=config.domains, prompt_column=config.prompt_column,
-                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+    try:
+        return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
+                             domains=config.domains, prompt_column=config.prompt_column,
+                             answer_column=config.answer_column, prompt_template=config.prompt_template)
+    except InputError as error:  # eval.py knows these flags by other names
+        fault = str(error).replace("--split", "--dataset_test_split")
+        if config.eval_dataset_name:
+            fault = fault.replace("--dataset_name", "--eval_dataset_name")
+        raise InputError(fault) from error
 
 
 def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):

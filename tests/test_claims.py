@@ -54,6 +54,9 @@ def test_few_seeds_only_lean():
     assert leaning["low"] > 0 > leaning["t_low"] and claim.verdict(leaning) == "leans better"
     nothing = claim.compare(figures_of(a=[-1.0, 1.0, 0.5], b=[0.0, 0.0, 0.0]), "a", "b", "x")
     assert claim.verdict(nothing) == "no difference seen"
+    touching = claim.compare(figures_of(a=[0.0, 0.1, 0.2 + 1e-17], b=[0.3, 0.3, 0.1 + 0.2]), "a", "b", "x")
+    assert claim.compare(figures_of(a=[0.3, 0.3], b=[0.1 + 0.2, 0.1 + 0.2]), "a", "b", "x")["low"] == 0
+    assert claim.verdict(touching) == "leans worse" and claim.verdict(touching, ("higher", "lower")) == "leans lower"
     single = claim.compare(figures_of(a=[1.0], b=[0.0]), "a", "b", "x")
     assert single["difference"] == 1 and claim.verdict(single) == "no difference seen"
 

@@ -676,5 +676,7 @@ def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypa
     monkeypatch.setattr(ground.AutoTokenizer, "from_pretrained", lambda name: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="no such folder; `python sft.py` makes it"):
         ground.load_model("runs/sft")
-    with pytest.raises(InputError, match="no such folder$"):
+    with pytest.raises(InputError, match="^--model_name_or_path runs/typo: no such folder$"):
         ground.load_model("runs/typo")
+    with pytest.raises(InputError, match="^runs/typo: no such folder$"):  # eval.py has no such flag
+        ground.main(["runs/typo"])

@@ -298,6 +298,23 @@ def test_training_on_files_in_trl_formats(tmp_path, capsys):
     assert "no evaluation while training: --eval_dataset_name" in capsys.readouterr().out
 
 
+def test_an_evaluation_between_the_printed_steps_is_printed(tmp_path, capsys):
+    sft.main(Config(output_dir=str(tmp_path / "run"), max_steps=5, eval_steps=2, logging_steps=3, n_eval=2, n_train=8,
+                    per_device_train_batch_size=2, max_completion_length=4))
+    printed = [line.split("/")[0].strip() for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    assert printed == ["2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("flags, fault", [
+    (dict(eval_dataset_name="tset.jsonl"), "^--eval_dataset_name tset.jsonl: no such file"),
+    (dict(dataset_name="tset.jsonl"), "^--dataset_name tset.jsonl: no such file"),
+    (dict(dataset_test_split="holdout"), "^--dataset_test_split holdout: a procedural data set has"),
+])
+def test_what_cannot_be_evaluated_on_is_named_by_this_script_s_flags(tmp_path, flags, fault):
+    with pytest.raises(InputError, match=fault):
+        sft.main(Config(output_dir=str(tmp_path / "run"), max_steps=1, n_train=8, **flags))
+
+
 def test_example_and_batch_types_are_plain():
     batch = collate([Example([5, 6, 7], [False, True, True]), Example([5, 6], [False, True])], [1, 0], torch.device("cpu"))
     assert batch.ids_BT.tolist() == [[5, 6, 0], [5, 6, 7]] and batch.where_N.tolist() == [0, 2, 3] and batch.rows == [1, 0]

@@ -346,7 +346,7 @@ def test_other_flags_in_the_folder_are_refused(flags, whole, tmp_path):
     mine = {**flags["sft"], "output_dir": out}
     assert run("sft", mine, {"crash_at": 3})[0] == [1]
     for changes, words in (({"seed": 1}, ["--seed 1", "has 0", "--overwrite"]),
-                           ({"per_device_train_batch_size": 4}, ["rows_per_step", "--overwrite"])):
+                           ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size x", "not 4", "--overwrite"])):
         codes, text = run("sft", {**mine, **changes})
         assert codes == [2]
         refused(text, "sft", *words)

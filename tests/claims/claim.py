@@ -183,7 +183,7 @@ def compare(figures, arm, against, name):
     Seeds in which either is None (never reached) are left out of the difference and counted as `censored`.
     """
     pairs = [(figures[arm][seed][name], figures[against][seed][name]) for seed in figures[arm]]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    differences = [round(a - b, 9) for a, b in pairs if a is not None and b is not None]
     n = len(differences)
     found = {"arm": arm, "against": against, "figure": name, "censored": len(pairs) - n,
              "difference": None, "low": None, "high": None, "t_low": None, "t_high": None,
@@ -194,7 +194,8 @@ def compare(figures, arm, against, name):
         found["low"], found["high"] = bootstrap_interval(differences)
         half = T_975[min(n, 10) - 2] * float(np.std(differences, ddof=1)) / n**0.5
         found |= {"t_low": found["difference"] - half, "t_high": found["difference"] + half}
-    return found
+    numbers = {key: round(value, 9) + 0.0 for key, value in found.items() if isinstance(value, float)}
+    return found | numbers  # rounded, since of a difference of 0 arithmetic may leave 1e-17
 
 
 def verdict(comparison, words=("better", "worse")):

@@ -36,8 +36,7 @@ def table(results):
             if c["low"] is None:
                 change = "reached in fewer than two seeds"
             else:
-                change = "{:.3g} {:+.3g} [{:+.3g} {:+.3g}]".format(  # rounded: of a difference of 0, rounding leaves 1e-17
-                    *(round(x, 9) + 0.0 for x in (sum(against) / len(against), c["difference"], c["low"], c["high"])))
+                change = f"{sum(against) / len(against):.3g} {c['difference']:+.3g} [{c['low']:+.3g} {c['high']:+.3g}]"
             lines.append(f"| {first} | {c['arm']} − {c['against']} | {main} | {change} | {c['wins']} / {c['losses']} "
                          f"of {result['seeds']} | {verdict(c)} | {minutes} |")
             first = minutes = ""
