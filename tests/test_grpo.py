@@ -466,3 +466,19 @@ def test_row_order_is_that_of_the_prompts_for_any_number_of_processes(tiny):
         for i in mine:
             assert [part.ids(place + j) for j in range(counts[i])] == [whole.ids(first[i] + j) for j in range(counts[i])]
             place += counts[i]
+
+
+def test_log_probs_of_two_processes_add_up(tiny, monkeypatch):
+    """Rows shown under another prompt come with NaN, and a process gives what it did not compute as 0."""
+    model, tokenizer = tiny
+    rows = rows_in(groups_of(model, tokenizer, config(), REWARDS))
+    grpo.add_logps(grpo.Policy(model), rows, "wanted", config(), ALONE)
+    parts = []
+    monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(grpo.dist, "all_reduce", lambda values_N: parts.append(values_N.clone()))
+    for rank in (0, 1):
+        for row in rows:
+            row.values["sampled"] = torch.full((len(row.tokens_T),), float("nan"))
+        grpo.add_logps(grpo.Policy(model), rows, "sampled", config(), World(rank, 2, torch.device("cpu")))
+    assert all((part == 0).any() and (part != 0).any() for part in parts)
+    assert torch.allclose(parts[0] + parts[1], torch.cat([row.values["wanted"] for row in rows]), atol=1e-5)

@@ -152,6 +152,17 @@ def test_gradient_checkpointing_changes_nothing(tiny):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, found = gradients(model, uneven(tokenizer), 4, 0)
     assert all(torch.allclose(found[name], plain[name], atol=1e-6) for name in plain)
+    for asked in (True, False):
+        policy = sft.distribute(sft.Policy(copy.deepcopy(tiny[0])), Config(gradient_checkpointing=asked), ALONE)
+        assert policy.model.is_gradient_checkpointing == asked and policy.training
+
+
+def test_one_process_speaks_for_all(monkeypatch, capsys):
+    monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(sft.dist, "get_rank", lambda: rank)
+        sft.say(f"process {rank}")
+    assert capsys.readouterr().out == "process 0\n"
 
 
 def test_the_end_is_trained_and_the_prompt_is_not(tiny):
@@ -256,7 +267,7 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
     (dict(dataset_name="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(max_steps=0), "--max_steps 0"),
     (dict(lr_scheduler_type="up"), "--lr_scheduler_type up"),
-    (dict(learning_rate=float("nan")), "--learning_rate nan"),
+    (dict(learning_rate=float("nan")), "--learning_rate nan"), (dict(learning_rate=float("inf")), "--learning_rate inf"),
     (dict(max_length=1), "--max_length 1"),
     (dict(levels="0-99"), "--levels"),
     (dict(report_to="fax"), "--report_to fax"),
