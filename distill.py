@@ -43,9 +43,8 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -62,24 +61,21 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
-from eval import (InputError, Problem, Rollouts, answer_key, encode_prompt, end_of_turn, evaluate, extract_answer,
-                  generate, load_model, load_problems, plot_runs, read_rows, softcap, verify)
+from eval import (InputError, Problem, Rollouts, answer_key, encode_prompt, end_of_turn, evaluate, extract_answer, flag,
+                  generate, load_model, load_problems, parse_flags, plot_runs, read_rows, softcap, verify)
 from kernels import linear_kl, linear_logps, linear_topk, topk_kl
 
 # --- config ---
 
 
-def flag(default, help):
-    """One command-line flag: its default and what it means."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
+    SECTIONS = {"method": "method", "model_name_or_path": "model and data", "output_dir": "the run's folder",
+                "divergence": "divergence", "teacher_sft_steps": "rlt: the teacher", "n_traces": "traces and templates",
+                "max_completion_length": "sampling", "per_device_train_batch_size": "optimizer and memory",
+                "logging_steps": "logs, evaluation, checkpoints"}
+
     method: str = flag("rlt", "rlt, ssb, logits, on_policy or bootstrap")
     stage: str = flag("all", "rlt: all, or one of warm_up, teacher, student")
     model_name_or_path: str = flag("runs/sft", "the student: a hub name or a local folder; by default what sft.py left")
@@ -144,7 +140,7 @@ class Config:
     max_steps: int = flag(200, "optimizer steps of the student")
     learning_rate: float = flag(0.0, "peak learning rate; 0: 1e-3 under 10 M parameters, 1e-5 above")
     lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up; rlt's teacher: constant")
-    warmup_steps: int = flag(10, "steps of linear warm-up")
+    warmup_steps: float = flag(0.05, "steps of linear warm-up; below 1: this share of all steps")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
     max_length: int = flag(1024, "tokens; longer examples are left out and counted (TRL cuts them short)")
@@ -154,6 +150,7 @@ class Config:
     ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
     logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
     eval_steps: int = flag(100, "evaluate the student (greedy) every so many steps and at the end; 0: never")
+    eval_on_start: bool = flag(True, "evaluate before the first step, too")
     n_eval: int = flag(128, "problems to evaluate on")
     save_steps: int = flag(50, "checkpoint every so many steps; 0: only when stopped and at the end")
     max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
@@ -361,11 +358,15 @@ def make_examples(rows, tokenizer, config):
     examples = [e for i, row in enumerate(rows)
                 for e in row_examples(tokenizer, row, f"--dataset_name {config.dataset_name}: row {i + 1}")]
     kept = [e for e in examples if len(e.ids) <= config.max_length]
+    lengths = [len(e.ids) for e in kept or examples]
     if not kept:
-        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer")
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer, the shortest has "
+                         f"{min(lengths)} tokens")
     if len(kept) < len(examples):
         say(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
             "left out")
+    say(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on average, "
+        f"of which {sum(sum(e.trained) for e in kept) / len(kept):.0f} are trained")
     return kept
 
 
@@ -708,14 +709,19 @@ def make_optimizer(policy, config):
                              weight_decay=config.weight_decay, fused=True)
 
 
+def warm_up(config):
+    """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
+    return config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
+
+
 def scheduled_rate(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
 
     The first step already moves (transformers' own schedules spend it at rate 0).
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if step < (rising := warm_up(config)):
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, config.max_steps - rising)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * decay[config.lr_scheduler_type]
 
@@ -1036,7 +1042,7 @@ def begin_run(config, world, resume, args, model, data):
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
-    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
     for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True)
@@ -1071,12 +1077,18 @@ class StopSignal:
         return int(number)
 
 
+def leave(run, state, number):
+    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
+    say(f"{run}: stopped and saved after step {state['step']}; the same command continues from there")
+    sys.exit(128 + number)
+
+
 class Log:
     """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
 
     def __init__(self, run, config, world):
         self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
-        self.began, self.steps_done = time.perf_counter(), 0
+        self.steps_done, self.first_ended = 0, None
         if self.active and config.report_to == "wandb":
             import wandb
             args = json.loads((run / "args.json").read_text())
@@ -1086,26 +1098,28 @@ class Log:
             self.table, self.samples, self.samples_read = wandb.Table, run / "samples.jsonl", 0
             self.new_samples()  # those of a continued run are there already
 
-    def step(self, step, numbers, show, tokens, seconds):
+    def step(self, step, numbers, show, tokens=0, seconds=0.0):
         """Writes one step's numbers; prints those named in `show` every --logging_steps and at each evaluation. Keys
-        under time/ are not repeatable from run to run; all others are."""
-        self.steps_done += 1
+        under time/ are not repeatable from run to run; all others are. Step 0 is an evaluation before training."""
         if not self.active:
             return
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
-                "time/peak_memory_gb": memory / 2**30}
+        line, speed = {"step": step, **numbers}, ""
+        if seconds:
+            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            self.steps_done, now = self.steps_done + 1, time.perf_counter()
+            self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
+            mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
+            left = timedelta(seconds=round(mean * (self.config.max_steps - step)))
+            speed = f"  {tokens / seconds:,.0f} tokens/s  {mean:.2f} s/step  eta {left}"
         append_line(self.path, line)
         due = (step % self.config.logging_steps == 0 or step == self.config.max_steps
                or any(name.startswith("eval/") for name in numbers))
         if self.wandb:
             self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
         if due:
-            mean = (time.perf_counter() - self.began) / self.steps_done
-            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
-            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
-                  f"{mean:.2f} s/step  eta {left}", flush=True)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}{speed}", flush=True)
 
     def new_samples(self):
         """What samples.jsonl has gained since the last call, as {"samples": a table for wandb}; {} for nothing."""
@@ -1139,7 +1153,7 @@ def end_run(run, policy, tokenizer, world):
         aside.rmdir()
         plot_runs([run], run / "curves.png")
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+        print(f"{run}: the model, args.json, metrics.jsonl, samples.jsonl, curves.png")
     barrier()
 
 
@@ -1202,18 +1216,30 @@ def load_eval_problems(config):
 
 
 def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
-    """Greedy accuracy on `problems` by eval.py's own path: numbers to log; a few samples go to samples.jsonl."""
+    """Greedy accuracy on `problems` by eval.py's own path: numbers to log.
+
+    One completion is printed, a few go to samples.jsonl; /low and /high end the accuracy's 95 % interval over problems.
+    """
     refresh(decoder, policy)
     numbers = {}
     if world.rank == 0:
-        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
-        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length,
+                          progress=sys.stderr.isatty())
+        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "accuracy/low", "accuracy/high", "parse_fail",
+                                                             "truncated", "mean_length")}
         if len(result["by_level"]) > 1:
             numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
         for record in result["records"][:4]:
             append_line(run / "samples.jsonl", {"step": step, **record})
+        show_completion(**result["records"][0])
     barrier()
     return numbers
+
+
+def show_completion(prompt, completion, correct, **_):
+    """Prints a prompt (of a chat its last message), what the policy wrote, and the verdict, in one line."""
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    print(f"        {prompt[-60:]!r} -> {completion[-120:]!r}: {'right' if correct else 'wrong'}", flush=True)
 
 
 def fill_learning_rate(config, model, small, large):
@@ -1233,17 +1259,9 @@ def show_example(example, tokenizer):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
-    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
-
-    def fail(message):  # argparse would print the usage too
-        raise InputError(message.removeprefix("argument "))
-
-    parser.error = fail
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    config, words = parse_flags(Config, "%(prog)s --flag value ...", sys.modules["__main__"].__doc__)
+    if words:
+        raise InputError(f"{words[0]}: is no flag (--help lists them)")
     return config
 
 
@@ -1273,7 +1291,8 @@ def sample(decoder, tokenizer, prompts, n, number, config, world):
     """
     mine = range(world.rank, len(prompts), world.size)
     found = generate(decoder, tokenizer, [prompts[i] for i in mine], n, config.max_completion_length,
-                     config.temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine)
+                     config.temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine,
+                     progress=sys.stderr.isatty() and world.rank == 0)
     if world.size == 1:
         return found
     parts = [None] * world.size
@@ -1586,6 +1605,7 @@ class Imitate:
         else:
             make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces}[config.method]
             make, data = em_traces if config.rounds else make, load_train_problems(config)[: config.n_traces or None]
+        say(f"{config.method}: sampling for {len(data)} problems")
         traces, self.about = make(sampler, tokenizer, data, config, self.world)
         largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
         kept = [trace for trace in traces if max(trace.completion_ids) <= largest
@@ -1619,7 +1639,7 @@ class Imitate:
         self.lengths = [max(len(mine.ids), len(theirs.ids))
                         for mine, theirs in zip(self.examples, self.teacher_examples)]
         self.n_tokens = sum(sum(example.trained[1:]) for example in self.examples)
-        return picked, {**numbers, "num_tokens": self.n_tokens}
+        return picked, numbers
 
     def loss_of(self, policy, batch):
         """The batch's share of the step's loss, and of the numbers logged."""
@@ -1773,7 +1793,7 @@ def train(config, world, stop):
     decoder = make_decoder(model, config, world) if sampling or eval_problems else None
     policy = distribute(Learner(model), config, world)
     optimizer = make_optimizer(policy, config)
-    state = {"step": 0, "bad_steps": 0, "about": course.about}
+    state = {"step": 0, "bad_steps": 0, "num_tokens": 0, "about": course.about}
     if resume:
         state, tensors = load_checkpoint(resume, policy, optimizer, config)
         restore_reference(course.reference, tensors)
@@ -1782,6 +1802,8 @@ def train(config, world, stop):
     log = Log(run, config, world)
     if not reinforced:
         show_example(course.pool[0], tokenizer)
+    if eval_problems and config.eval_on_start and state["step"] == 0:
+        log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, eval_problems, config, world), SHOWN)
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
@@ -1797,7 +1819,9 @@ def train(config, world, stop):
         if course.reference is not None and (step + 1) % config.ref_model_sync_steps == 0:
             follow(course.reference, policy, config.ref_model_mixup_alpha)
         note_step(run, state, taken, picked, config, world)
-        numbers = {**about, **numbers, **state["about"], "learning_rate": scheduled_rate(step, config)}
+        state["num_tokens"] += course.n_tokens
+        numbers = {**about, **numbers, **state["about"], "num_tokens": state["num_tokens"],
+                   "learning_rate": scheduled_rate(step, config)}
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
@@ -1807,7 +1831,7 @@ def train(config, world, stop):
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
                             reference_tensors(course.reference))
         if stopping and not last:
-            sys.exit(128 + stopping)
+            leave(run, state, stopping)
     end_run(run, policy, tokenizer, world)
 
 

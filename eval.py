@@ -22,7 +22,9 @@ would be about half as wide as it should be. Checkpoints are compared on the sam
 Dimensions: B rows decoded together · R all rows · P prompts · T tokens · V vocabulary · Q problems.
 """
 
+import copy
 import csv
+import difflib
 import hashlib
 import inspect
 import io
@@ -36,10 +38,11 @@ import select
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -846,7 +849,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     out = Rollouts(torch.zeros(rows, max_new_tokens, dtype=torch.long), torch.zeros(rows, max_new_tokens),
                    torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
     order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: len(prompts[i]))  # little padding
-    bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress)
+    bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress, leave=False)
     tokens = 0
     while order:
         fits = sum(total <= batch_size for total in np.cumsum([counts[i] for i in order]))
@@ -1026,29 +1029,47 @@ def paired_comparison(scores_a_Q, scores_b_Q, seed=0):
 # --- plots ---
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe-Ito, for all eyes
-FIRST_PANELS = ("reward", "eval/accuracy", "loss", "rewards/accuracies", "rewards/margins", "entropy", "kl",
-                "grad_norm", "completions/mean_length", "frac_reward_zero_std", "clip_ratio", "learning_rate")
+KEY_FIGURES = (  # what curves.png shows: the first nine of these that a run has and that move
+    "eval/accuracy", "eval/nll", "reward", "nll", "loss", "rewards/understanding/mean", "rewards/implausibility/mean",
+    "divergence", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logps/chosen_fell",
+    "max_violation", "mutual_information", "entropy", "scaffold/solved", "completions/mean_length", "kl",
+    "frac_reward_zero_std", "clip_ratio", "dco/factor", "grad_norm", "learning_rate")
 
 
 def plot_runs(run_dirs, path):
-    """Draws each number of the runs' metrics.jsonl against the step, one panel a name, the runs overlaid, into a PNG.
+    """Draws the runs' key figures against the step, one panel a name, the runs overlaid, into the PNG `path`.
 
-    Faint: the values; strong: their running mean over a fiftieth of the run. Raises InputError where there are none.
+    All other numbers of their metrics.jsonl that move go to a second PNG, NAME_all.png. Faint: the values; strong:
+    their running mean over a fiftieth of the run; bars: 95 % intervals. Raises InputError where there is no number.
     """
     runs = [(label, read_metrics(run_dir)) for label, run_dir in zip(short_names(run_dirs), run_dirs)]
-    names = {name for _, curves in runs for name in curves}
-    names = [name for name in FIRST_PANELS if name in names] + sorted(names - set(FIRST_PANELS))
+    names = {name for _, curves in runs for name in curves if not name.endswith(("/low", "/high"))}
+    moving = {name for name in names if len({value for _, curves in runs for value in curves.get(name, {}).values()}) > 1}
+    key = [name for name in KEY_FIGURES if name in moving][:9] or sorted(names)
+    draw_panels(runs, key, path)
+    if rest := sorted(moving - set(key)):
+        draw_panels(runs, rest, Path(path).with_stem(f"{Path(path).stem}_all"))
+
+
+def draw_panels(runs, names, path):
+    """One panel for each of these names, of runs given as (label, what read_metrics returns)."""
     n_columns = 4 if len(names) > 9 else 3
     figure, axes = new_figure(len(names), n_columns)
     for axis, name in zip(axes, names):
         for i, (label, curves) in enumerate(runs):
-            steps, values = np.array(sorted(curves.get(name, {}).items()), dtype=float).reshape(-1, 2).T
+            curve = curves.get(name, {})
+            steps, values = np.array(sorted(curve.items()), dtype=float).reshape(-1, 2).T
             color, width = COLORS[i % len(COLORS)], len(steps) // 50
             if width > 1:
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
                 values = running_mean(values, width)
             axis.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(steps) < 20 else "", markersize=4,
                       label=label)
+            low, high = (curves.get(f"{name}/{end}", {}) for end in ("low", "high"))
+            known = sorted(curve.keys() & low.keys() & high.keys())
+            axis.vlines(known, [low[step] for step in known], [high[step] for step in known], color=color, alpha=0.5)
+            if known:
+                axis.set_ylim(-0.02, 1.02)  # of shares; a narrower one would make much of little
         axis.set_title(name, loc="left", fontsize=10)
         axis.margins(x=0.02)
     for axis in axes[-n_columns:]:
@@ -1158,7 +1179,7 @@ def save_figure(figure, path):
     os.replace(f"{path}.tmp", path)
 
 
-# --- main ---
+# --- flags ---
 
 def flag(default, help):
     """One command-line flag: its default and what it means."""
@@ -1167,8 +1188,54 @@ def flag(default, help):
     return field(default=default, metadata={"help": help})
 
 
+class Layout(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """--help with each flag spelled once (--flag-name and, for False, --no_flag are taken, too), in sections.
+
+    `sections`: {the first flag of a section: its title}.
+    """
+
+    def __init__(self, sections, **given):
+        super().__init__(**given)
+        self.sections = sections
+
+    def add_argument(self, action):
+        if action.option_strings[0].startswith("--no_"):
+            return
+        if action.dest in self.sections:
+            self.end_section()
+            self.start_section(self.sections[action.dest])
+        action = copy.copy(action)
+        action.option_strings = action.option_strings[:1]
+        if action.type:
+            action.metavar = action.type.__name__.replace("string_to_bool", "bool")
+        super().add_argument(action)
+
+
+def parse_flags(Config, usage, about, arguments=None):
+    """The command line as (Config, words that belong to no flag); InputError for no flag or an unusable value."""
+    parser = HfArgumentParser(Config, usage=usage, description=about, allow_abbrev=False,
+                              formatter_class=partial(Layout, Config.SECTIONS))
+
+    def fail(message):  # argparse would print the whole usage
+        raise InputError(message.removeprefix("argument "))
+
+    parser.error = fail
+    config, words = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    for word in words:
+        if word.startswith("-"):
+            wanted = word.lstrip("-").partition("=")[0].replace("-", "_")
+            near = difflib.get_close_matches(wanted, [f.name for f in fields(Config)], n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise InputError(f"{word}: no such flag ({hint})")
+    return config, words
+
+
+# --- main ---
+
 @dataclass
 class Config:
+    SECTIONS = {"dataset_name": "problems", "n": "sampling", "output_dir": "results"}
+
     dataset_name: str = flag("chain", "chain, gsm8k, math500, aime24, aime25, amc23, reasoning_gym:TASK, a local file "
                                       "or folder, or a hub data set: owner/name or owner/name:configuration")
     split: str = flag("test", "split of the data set")
@@ -1188,27 +1255,12 @@ class Config:
     batch_size: int = flag(256, "completions decoded side by side")
     bf16: bool = flag(torch.cuda.is_available(), "weights in bfloat16; by default on a GPU")
     seed: int = flag(0, "of the choice of problems, the samples and the intervals")
+
     output_dir: str = flag("runs/eval", "where eval.json, samples.jsonl and eval.png go; with --plot: curves.png")
+    against: str = flag("first", "compare each checkpoint with the first, with the one before it (previous), or all")
     plot: list[str] = flag([], "draw the training curves of these run folders instead")
 
 
-def parse_command(arguments=None):
-    """(Config, checkpoints) from the command line; InputError for what is no flag or has an unusable value."""
-    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(Config, usage="eval.py CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
-                              description=__doc__, allow_abbrev=False, formatter_class=layout)
-    parser.add_argument("checkpoints", nargs="*", help="model folders or hub names; all are compared to the first")
-
-    def fail(message):  # argparse would print the whole usage
-        raise InputError(message.removeprefix("argument "))
-
-    parser.error = fail
-    config, named, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,
-                                                             look_for_args_file=False)
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
-    return config, named.checkpoints + rest  # checkpoints that stand behind flags are left over by argparse
 
 
 def read_ks(config):
@@ -1219,6 +1271,8 @@ def read_ks(config):
             raise InputError(f"--{name} {getattr(config, name)}: must be {least} or more")
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
+    if config.against not in ("first", "previous", "all"):
+        raise InputError(f"--against {config.against}: must be one of first, previous, all")
     if config.temperature == 0 and config.n > 1:
         raise InputError(f"--n {config.n}: at --temperature 0 all samples are the same; use --n 1")
     words = [word.strip() for word in config.k.split(",")] if config.k else []
@@ -1242,25 +1296,29 @@ def run_evaluations(config, checkpoints, problems, ks):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {config.output_dir}: {error.strerror}") from error
+    modes = {"greedy": dict(temperature=0.0)} if config.greedy or config.temperature == 0 else {}
+    if config.temperature > 0:
+        modes["sampled"] = dict(n=config.n, k=ks, temperature=config.temperature, top_p=config.top_p)
     evaluations = []
     for checkpoint in checkpoints:
         model, tokenizer = load(checkpoint)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        runs = {}
-        if config.greedy or config.temperature == 0:
-            runs["greedy"] = judge(model, tokenizer, temperature=0.0)
-        if config.temperature > 0:
-            runs["sampled"] = judge(model, tokenizer, n=config.n, k=ks, temperature=config.temperature,
-                                    top_p=config.top_p)
-        evaluations.append(runs)
+        evaluations.append({})
+        for mode, flags in modes.items():
+            began = time.perf_counter()
+            result = evaluations[-1][mode] = judge(model, tokenizer, **flags)
+            print(f"{checkpoint}, {mode}: {percent(result['accuracy'])} % in {time.perf_counter() - began:.0f} s",
+                  file=sys.stderr, flush=True)
     return evaluations
 
 
-def compare(checkpoints, evaluations, seed):
-    """Each later checkpoint against the first on the same problems: a list of dicts."""
-    return [{"checkpoint": checkpoint, "against": checkpoints[0],
-             **{mode: paired_comparison(evaluations[0][mode]["scores"], runs[mode]["scores"], seed) for mode in runs}}
-            for checkpoint, runs in zip(checkpoints[1:], evaluations[1:])]
+def compare(checkpoints, evaluations, against, seed):
+    """Later checkpoints against the first, the previous one or all before them, on the same problems: list of dict."""
+    those_before = {"first": lambda b: [0], "previous": lambda b: [b - 1], "all": range}[against]
+    pairs = [(a, b) for b in range(1, len(checkpoints)) for a in those_before(b)]
+    return [{"checkpoint": checkpoints[b], "against": checkpoints[a],
+             **{mode: paired_comparison(evaluations[a][mode]["scores"], evaluations[b][mode]["scores"], seed)
+                for mode in evaluations[b]}} for a, b in pairs]
 
 
 def results_table(config, checkpoints, evaluations, comparisons):
@@ -1336,11 +1394,12 @@ def write_results(config, checkpoints, evaluations, comparisons, problems):
 
 
 def main(arguments=None):
-    config, checkpoints = parse_command(arguments)
+    usage = "eval.py CHECKPOINT [CHECKPOINT ...] [--flag value ...]"
+    config, checkpoints = parse_flags(Config, usage, __doc__, arguments)
     folder = Path(config.output_dir)
     if config.plot:
         plot_runs(config.plot, folder / "curves.png")
-        print(folder / "curves.png")
+        print(f"{folder}: curves.png, and curves_all.png with what else there is")
         return
     if not checkpoints:
         raise InputError("name at least one checkpoint: eval.py CHECKPOINT [CHECKPOINT ...] (--help says more)")
@@ -1349,7 +1408,7 @@ def main(arguments=None):
                              prompt_column=config.prompt_column, answer_column=config.answer_column,
                              levels=config.levels, domains=config.domains, prompt_template=config.prompt_template)
     evaluations = run_evaluations(config, checkpoints, problems, ks)
-    comparisons = compare(checkpoints, evaluations, config.seed)
+    comparisons = compare(checkpoints, evaluations, config.against, config.seed)
     write_results(config, checkpoints, evaluations, comparisons, problems)
     print(results_table(config, checkpoints, evaluations, comparisons))
     print(f"\n{folder}: eval.json, samples.jsonl, eval.png")

@@ -41,8 +41,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -59,24 +58,21 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser
 
-from eval import (InputError, Rollouts, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template, generate,
-                  load_model, load_problems, plot_runs, softcap, verify)
+from eval import (InputError, Rollouts, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template, flag,
+                  generate, load_model, load_problems, parse_flags, plot_runs, softcap, verify)
 from kernels import linear_logps
 
 # --- config ---
 
 
-def flag(default, help):
-    """One command-line flag: its default and what it means."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
+    SECTIONS = {"model_name_or_path": "model and data", "output_dir": "the run's folder", "num_generations": "sampling",
+                "sampler": "curriculum: which prompts", "scaffold": "hints for prompts never answered right",
+                "reward_funcs": "reward", "loss_type": "loss", "teacher_model_name_or_path": "teachers",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
+
     model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
     chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
     dataset_name: str = flag("chain", "a problem set (see eval.py), a local file, or a hub data set")
@@ -150,7 +146,7 @@ class Config:
     max_steps: int = flag(80, "optimizer steps")
     learning_rate: float = flag(0.0, "peak learning rate; 0: 5e-5 under 10 M parameters, 1e-6 (TRL's) above")
     lr_scheduler_type: str = flag("constant", "constant, linear or cosine, after the warm-up")
-    warmup_steps: int = flag(0, "steps of linear warm-up")
+    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: this share of all steps")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
@@ -159,6 +155,7 @@ class Config:
     ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
     logging_steps: int = flag(5, "print a line every so many steps; metrics.jsonl has every step")
     eval_steps: int = flag(40, "evaluate (greedy) every so many steps and at the end; 0: never")
+    eval_on_start: bool = flag(True, "evaluate before the first step, too")
     n_eval: int = flag(128, "problems to evaluate on")
     save_steps: int = flag(20, "checkpoint every so many steps; 0: only when stopped and at the end")
     max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
@@ -523,14 +520,19 @@ def make_optimizer(policy, config):
                              weight_decay=config.weight_decay, fused=True)
 
 
+def warm_up(config):
+    """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
+    return config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
+
+
 def scheduled_rate(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
 
     The first step already moves (transformers' own schedules spend it at rate 0).
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if step < (rising := warm_up(config)):
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, config.max_steps - rising)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * decay[config.lr_scheduler_type]
 
@@ -778,7 +780,7 @@ def begin_run(config, world, resume, args, model, data):
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
-    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
     for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True)
@@ -813,12 +815,18 @@ class StopSignal:
         return int(number)
 
 
+def leave(run, state, number):
+    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
+    say(f"{run}: stopped and saved after step {state['step']}; the same command continues from there")
+    sys.exit(128 + number)
+
+
 class Log:
     """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
 
     def __init__(self, run, config, world):
         self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
-        self.began, self.steps_done = time.perf_counter(), 0
+        self.steps_done, self.first_ended = 0, None
         if self.active and config.report_to == "wandb":
             import wandb
             args = json.loads((run / "args.json").read_text())
@@ -828,26 +836,28 @@ class Log:
             self.table, self.samples, self.samples_read = wandb.Table, run / "samples.jsonl", 0
             self.new_samples()  # those of a continued run are there already
 
-    def step(self, step, numbers, show, tokens, seconds):
+    def step(self, step, numbers, show, tokens=0, seconds=0.0):
         """Writes one step's numbers; prints those named in `show` every --logging_steps and at each evaluation. Keys
-        under time/ are not repeatable from run to run; all others are."""
-        self.steps_done += 1
+        under time/ are not repeatable from run to run; all others are. Step 0 is an evaluation before training."""
         if not self.active:
             return
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
-                "time/peak_memory_gb": memory / 2**30}
+        line, speed = {"step": step, **numbers}, ""
+        if seconds:
+            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            self.steps_done, now = self.steps_done + 1, time.perf_counter()
+            self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
+            mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
+            left = timedelta(seconds=round(mean * (self.config.max_steps - step)))
+            speed = f"  {tokens / seconds:,.0f} tokens/s  {mean:.2f} s/step  eta {left}"
         append_line(self.path, line)
         due = (step % self.config.logging_steps == 0 or step == self.config.max_steps
                or any(name.startswith("eval/") for name in numbers))
         if self.wandb:
             self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
         if due:
-            mean = (time.perf_counter() - self.began) / self.steps_done
-            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
-            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
-                  f"{mean:.2f} s/step  eta {left}", flush=True)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}{speed}", flush=True)
 
     def new_samples(self):
         """What samples.jsonl has gained since the last call, as {"samples": a table for wandb}; {} for nothing."""
@@ -881,7 +891,7 @@ def end_run(run, policy, tokenizer, world):
         aside.rmdir()
         plot_runs([run], run / "curves.png")
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+        print(f"{run}: the model, args.json, metrics.jsonl, samples.jsonl, curves.png")
     barrier()
 
 
@@ -944,18 +954,30 @@ def load_eval_problems(config):
 
 
 def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
-    """Greedy accuracy on `problems` by eval.py's own path: numbers to log; a few samples go to samples.jsonl."""
+    """Greedy accuracy on `problems` by eval.py's own path: numbers to log.
+
+    One completion is printed, a few go to samples.jsonl; /low and /high end the accuracy's 95 % interval over problems.
+    """
     refresh(decoder, policy)
     numbers = {}
     if world.rank == 0:
-        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length)
-        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "parse_fail", "truncated", "mean_length")}
+        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length,
+                          progress=sys.stderr.isatty())
+        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "accuracy/low", "accuracy/high", "parse_fail",
+                                                             "truncated", "mean_length")}
         if len(result["by_level"]) > 1:
             numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
         for record in result["records"][:4]:
             append_line(run / "samples.jsonl", {"step": step, **record})
+        show_completion(**result["records"][0])
     barrier()
     return numbers
+
+
+def show_completion(prompt, completion, correct, **_):
+    """Prints a prompt (of a chat its last message), what the policy wrote, and the verdict, in one line."""
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    print(f"        {prompt[-60:]!r} -> {completion[-120:]!r}: {'right' if correct else 'wrong'}", flush=True)
 
 
 def fill_learning_rate(config, model, small, large):
@@ -965,17 +987,9 @@ def fill_learning_rate(config, model, small, large):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
-    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
-
-    def fail(message):  # argparse would print the usage too
-        raise InputError(message.removeprefix("argument "))
-
-    parser.error = fail
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    config, words = parse_flags(Config, "%(prog)s --flag value ...", sys.modules["__main__"].__doc__)
+    if words:
+        raise InputError(f"{words[0]}: is no flag (--help lists them)")
     return config
 
 
@@ -2042,6 +2056,10 @@ def restore(tensors, reference):
     return unpack(tensors) if "tokens_N" in tensors else []
 
 
+SHOWN = ("reward", "eval/accuracy", "scaffold/asked", "scaffold/solved", "hpt/share", "kd/teacher_gap", "kl", "entropy",
+         "clip_ratio", "frac_reward_zero_std", "completions/mean_length", "grad_norm")  # on the screen, where there is one
+
+
 def main(config):
     check_frame(config)
     check_config(config)
@@ -2077,6 +2095,8 @@ def main(config):
     rows = restore(tensors, reference)
     actor, log = Actor(decoder, tokenizer, config, world), Log(run, config, world)
     stop, warned = StopSignal(), frozenset()
+    if eval_problems and config.eval_on_start and state["step"] == 0:
+        log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, eval_problems, config, world), SHOWN)
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
@@ -2109,16 +2129,14 @@ def main(config):
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
-        log.step(state["step"], numbers, ("reward", "eval/accuracy", "entropy", "clip_ratio", "frac_reward_zero_std",
-                                          "completions/mean_length", "grad_norm"),
-                 update.n_tokens if iteration else actor.tokens, seconds)
+        log.step(state["step"], numbers, SHOWN, update.n_tokens if iteration else actor.tokens, seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             midway = state["step"] % config.num_iterations  # the rollouts are still needed
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
                             kept_tensors(rows, reference, midway, config))
         if stopping and not last:
-            sys.exit(128 + stopping)
+            leave(run, state, stopping)
     end_run(run, policy, tokenizer, world)
 
 

@@ -36,8 +36,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -56,25 +55,20 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import (AutoConfig, AutoTokenizer, HfArgumentParser, Qwen3ForCausalLM, Qwen3MoeConfig,
-                          Qwen3MoeForCausalLM)
+from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, generate, load_model, load_problems, new_figure,
-                  plot_runs, read_rows, save_figure, softcap, split_of)
+from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, flag, generate, load_model, load_problems, new_figure,
+                  parse_flags, plot_runs, read_rows, save_figure, softcap, split_of)
 from kernels import linear_logps, moe_experts
 
 # --- config ---
 
 
-def flag(default, help):
-    """One command-line flag: its default and what it means."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
+    SECTIONS = {"model_name_or_path": "model", "balance": "balance", "domains": "data", "output_dir": "the run's folder",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
+
     model_name_or_path: str = flag("tiny", "`tiny`: built from the sizes below; or a Qwen3-MoE, a folder or hub name")
     chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
     from_scratch: bool = flag(False, "draw new weights in the shape of model_name_or_path instead of loading them")
@@ -111,7 +105,7 @@ class Config:
     max_steps: int = flag(600, "optimizer steps")
     learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 3e-4 above")
     lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up")
-    warmup_steps: int = flag(20, "steps of linear warm-up")
+    warmup_steps: float = flag(0.03, "steps of linear warm-up; below 1: this share of all steps")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
     max_length: int = flag(256, "tokens of a row; short documents share one, long ones are cut")
@@ -121,6 +115,7 @@ class Config:
     ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
     logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step")
     eval_steps: int = flag(300, "evaluate on held-out rows every so many steps and at the end; 0: never")
+    eval_on_start: bool = flag(True, "evaluate before the first step, too")
     n_eval: int = flag(16, "held-out rows of each domain to evaluate on")
     max_completion_length: int = flag(64, "tokens of the text sampled for each domain in evaluation")
     save_steps: int = flag(100, "checkpoint every so many steps; 0: only when stopped and at the end")
@@ -764,14 +759,19 @@ def make_optimizer(policy, config):
                              weight_decay=config.weight_decay, fused=True)
 
 
+def warm_up(config):
+    """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
+    return config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
+
+
 def scheduled_rate(step, config):
     """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
 
     The first step already moves (transformers' own schedules spend it at rate 0).
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if step < (rising := warm_up(config)):
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, config.max_steps - rising)
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * decay[config.lr_scheduler_type]
 
@@ -1137,7 +1137,7 @@ def begin_run(config, world, resume, args, model, data):
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
         raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
                          "over")
-    step = json.loads((resume / "state.json").read_text())["step"] if resume else 0
+    step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
     for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True)
@@ -1172,12 +1172,18 @@ class StopSignal:
         return int(number)
 
 
+def leave(run, state, number):
+    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
+    say(f"{run}: stopped and saved after step {state['step']}; the same command continues from there")
+    sys.exit(128 + number)
+
+
 class Log:
     """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
 
     def __init__(self, run, config, world):
         self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
-        self.began, self.steps_done = time.perf_counter(), 0
+        self.steps_done, self.first_ended = 0, None
         if self.active and config.report_to == "wandb":
             import wandb
             args = json.loads((run / "args.json").read_text())
@@ -1187,26 +1193,28 @@ class Log:
             self.table, self.samples, self.samples_read = wandb.Table, run / "samples.jsonl", 0
             self.new_samples()  # those of a continued run are there already
 
-    def step(self, step, numbers, show, tokens, seconds):
+    def step(self, step, numbers, show, tokens=0, seconds=0.0):
         """Writes one step's numbers; prints those named in `show` every --logging_steps and at each evaluation. Keys
-        under time/ are not repeatable from run to run; all others are."""
-        self.steps_done += 1
+        under time/ are not repeatable from run to run; all others are. Step 0 is an evaluation before training."""
         if not self.active:
             return
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-        line = {"step": step, **numbers, "time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
-                "time/peak_memory_gb": memory / 2**30}
+        line, speed = {"step": step, **numbers}, ""
+        if seconds:
+            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            self.steps_done, now = self.steps_done + 1, time.perf_counter()
+            self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
+            mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
+            left = timedelta(seconds=round(mean * (self.config.max_steps - step)))
+            speed = f"  {tokens / seconds:,.0f} tokens/s  {mean:.2f} s/step  eta {left}"
         append_line(self.path, line)
         due = (step % self.config.logging_steps == 0 or step == self.config.max_steps
                or any(name.startswith("eval/") for name in numbers))
         if self.wandb:
             self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
         if due:
-            mean = (time.perf_counter() - self.began) / self.steps_done
-            left = str(timedelta(seconds=round(mean * (self.config.max_steps - step))))
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
-            print(f"{step:>6}/{self.config.max_steps}  {shown}  {tokens / seconds:,.0f} tokens/s  "
-                  f"{mean:.2f} s/step  eta {left}", flush=True)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}{speed}", flush=True)
 
     def new_samples(self):
         """What samples.jsonl has gained since the last call, as {"samples": a table for wandb}; {} for nothing."""
@@ -1240,7 +1248,7 @@ def end_run(run, policy, tokenizer, world):
         aside.rmdir()
         plot_runs([run], run / "curves.png")
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
+        print(f"{run}: the model, args.json, metrics.jsonl, samples.jsonl, curves.png")
     barrier()
 
 
@@ -1291,17 +1299,9 @@ def fill_learning_rate(config, model, small, large):
 
 def read_config(Config):
     """The command line as a Config; InputError for what is no flag or has an unusable value."""
-    layout = type("Layout", (ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter), {})
-    parser = HfArgumentParser(Config, usage="%(prog)s --flag value ... (--help lists the flags)",
-                              description=sys.modules["__main__"].__doc__, allow_abbrev=False, formatter_class=layout)
-
-    def fail(message):  # argparse would print the usage too
-        raise InputError(message.removeprefix("argument "))
-
-    parser.error = fail
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        raise InputError(f"{unknown[0]}: no such flag (--help lists them)")
+    config, words = parse_flags(Config, "%(prog)s --flag value ...", sys.modules["__main__"].__doc__)
+    if words:
+        raise InputError(f"{words[0]}: is no flag (--help lists them)")
     return config
 
 
@@ -1341,7 +1341,7 @@ def evaluate_routing(run, step, policy, balance, streams, config, world):
 
 
 def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
-    """Adds to samples.jsonl how the model continues a held-out row of each domain, greedily."""
+    """Prints, and adds to samples.jsonl, how the model continues a held-out row of each domain, greedily."""
     refresh(decoder, policy)
     set_bias(decoder, bias_of(unwrap(policy).model))
     if world.rank == 0:
@@ -1349,8 +1349,9 @@ def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
         prompts = [ids[: max(1, min(64, len(ids) // 2))] for ids in rows]
         rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
         for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
-            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": tokenizer.decode(prompt),
-                                                "completion": text})
+            prompt = tokenizer.decode(prompt)
+            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": prompt, "completion": text})
+            print(f"        {stream.name}: {prompt[-40:]!r} -> {text[:80]!r}", flush=True)
     barrier()
 
 
@@ -1435,6 +1436,9 @@ def check_micro_batches(config, resume):
                              f"{before[name]}, and its balance is counted by micro-batches")
 
 
+SHOWN = ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm")  # on the screen
+
+
 def main(config):
     check_frame(config)
     check_config(config)
@@ -1460,7 +1464,7 @@ def main(config):
     decoder = make_decoder(model, config, world) if held_out else None
     policy = distribute_routed(model, config, world)
     optimizer = make_optimizer(policy, config)
-    state = {"step": 0, "bad_steps": 0}
+    state = {"step": 0, "bad_steps": 0, "num_tokens": 0}
     if resume:
         state, tensors = load_checkpoint(resume, policy, optimizer, config)
         set_bias(unwrap(policy).model, tensors["bias_LE"])
@@ -1470,6 +1474,9 @@ def main(config):
         say(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
             f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins "
             f"{tokenizer.decode(stream.ids[:40].tolist())!r}")
+
+    if held_out and config.eval_on_start and state["step"] == 0:
+        log.step(0, evaluate_routing(run, 0, policy, balance, held_out, config, world), SHOWN)
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
@@ -1484,19 +1491,19 @@ def main(config):
         numbers, taken = train_step(policy, optimizer, batches, balance.loss_of, step, config, world)
         numbers |= balance.end(taken)
         note_step(run, state, taken, picks, config, world)
-        numbers.update(learning_rate=scheduled_rate(step, config), num_tokens=n_tokens)
+        state["num_tokens"] += n_tokens
+        numbers.update(learning_rate=scheduled_rate(step, config), num_tokens=state["num_tokens"])
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if held_out and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_routing(run, state["step"], policy, balance, held_out, config, world)
             sample_texts(run, state["step"], decoder, policy, tokenizer, held_out, config, world)
-        log.step(state["step"], numbers, ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm"),
-                 n_tokens, seconds)
+        log.step(state["step"], numbers, SHOWN, n_tokens, seconds)
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
                             {"bias_LE": bias_of(unwrap(policy).model).cpu()})
         if stopping and not last:
-            sys.exit(128 + stopping)
+            leave(run, state, stopping)
     save_router(run, policy, held_out or streams, config, world)
     if held_out and world.rank == 0:
         experts = json.loads((run / "experts.json").read_text())

@@ -28,7 +28,8 @@ def tiny_model(tmp_path_factory):
                                 num_key_value_heads=1, head_dim=16).items():
             patch.setitem(ground.TINY, name, value)
         sft.main(sft.Config(output_dir=str(folder), n_train=500, levels="1-2", per_device_train_batch_size=32,
-                            max_steps=60, learning_rate=1e-2, eval_steps=0, save_steps=0))
+                            max_steps=60, learning_rate=1e-2, warmup_steps=20, eval_steps=0,
+                            save_steps=0))
     for number, handler in handlers.items():  # main has installed its own
         signal.signal(number, handler)
     return folder

@@ -533,7 +533,8 @@ def test_offline_training_widens_the_margin(tiny_model, tmp_path, loss_type):
     dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(run), pairs="offline", n_train=60,
                                  loss_type=loss_type, max_steps=12, learning_rate=2e-3, error_rate=0.5,
                                  eval_steps=12, n_eval=4, max_completion_length=12)))
-    lines = metrics(run)
+    before, *lines = metrics(run)
+    assert before["step"] == 0 and {"eval/accuracy", "eval/accuracy/low", "eval/accuracy/high"} <= set(before)
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.005
     if loss_type in ("sigmoid", "dpop"):
         assert lines[0]["loss"] == pytest.approx(LOG2, abs=1e-5)

@@ -633,9 +633,36 @@ def test_plot_runs(tmp_path):
     assert len(curves["loss"]) == 199 and math.isnan(curves["loss"][150]) and 3 not in curves["reward"]
     plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "deep" / "curves.png")
     assert (tmp_path / "deep" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "deep" / "curves_all.png").exists()  # reward does not move
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": \n{"step": 2}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
         plot_runs([tmp_path / "b"], tmp_path / "curves.png")
+
+
+def test_curves_show_what_moves_the_key_figures_first(tmp_path, monkeypatch):
+    """Constants get no panel, key figures stand in the first picture, the rest in the second, ends of intervals in none."""
+    rows = [{"step": step, "eval/accuracy": step / 9, "eval/accuracy/low": 0.0, "eval/accuracy/high": 1 - step / 99,
+             "loss": 1 - step, "kl": 0.0, "time/step_s": 0.1 * step} for step in range(5)]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    drawn = {}
+    monkeypatch.setattr(ground, "save_figure", lambda figure, path: drawn.update({Path(path).name: figure}))
+    plot_runs([tmp_path], tmp_path / "curves.png")
+    assert {name: [axis.get_title("left") for axis in figure.axes] for name, figure in drawn.items()} == {
+        "curves.png": ["eval/accuracy", "loss"], "curves_all.png": ["time/step_s"]}
+    accuracy, loss = drawn["curves.png"].axes
+    assert accuracy.get_ylim() == (-0.02, 1.02) and len(accuracy.collections[0].get_segments()) == 5
+    assert loss.get_ylim()[0] < -2 and not loss.collections[0].get_segments()
+
+
+@pytest.mark.parametrize("against, pairs", [("first", ["ba", "ca"]), ("previous", ["ba", "cb"]), ("all", ["ba", "ca", "cb"])])
+def test_checkpoints_are_compared_with_those_asked_for(against, pairs):
+    scores = {"a": [0, 0, 0], "b": [1, 0, 0], "c": [1, 1, 1]}
+    evaluations = [{"greedy": {"scores": scores[name]}} for name in "abc"]
+    found = ground.compare(list("abc"), evaluations, against, seed=0)
+    assert [f["checkpoint"] + f["against"] for f in found] == pairs
+    for f in found:
+        change = sum(scores[f["checkpoint"]]) / 3 - sum(scores[f["against"]]) / 3
+        assert f["greedy"]["difference"] == pytest.approx(change)
 
 
 def test_a_picture_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_commands_in_the_readme_parse(monkeypatch):
         arguments = shlex.split(arguments.replace("...", ""))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         if name == "eval":
-            ground.parse_command(arguments)
+            ground.parse_flags(ground.Config, "", ground.__doc__, arguments)
         else:
             MODULES[name].check_frame(MODULES[name].read_config(MODULES[name].Config))
         seen += 1
@@ -120,7 +120,8 @@ def test_a_flag_that_is_none_is_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             script.launch(script.main, script.Config)
         said = capsys.readouterr().err
-        assert ended.value.code == 2 and "--learning_rat" in said and len(said.splitlines()) == 1
+        assert ended.value.code == 2 and len(said.splitlines()) == 1
+        assert "--learning_rat: no such flag (did you mean --learning_rate?)" in said
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--max_steps", "many"])
         with pytest.raises(SystemExit) as ended:
             script.launch(script.main, script.Config)
@@ -132,13 +133,18 @@ def test_help_is_printed_and_names_every_flag_with_its_default(name, monkeypatch
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         if name == "eval":
-            ground.parse_command(["--help"])
+            ground.parse_flags(ground.Config, "", ground.__doc__, ["--help"])
         else:
             MODULES[name].read_config(MODULES[name].Config)
-    said = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out
+    said = " ".join(lines.split())
     assert ended.value.code == 0
     flags = fields(MODULES[name].Config)
-    assert all(f"--{flag.name} " in said for flag in flags) and said.count("(default: ") >= len(flags)
+    assert re.findall(r"^  --(\w+)", lines.partition("options:")[2], re.M) == [flag.name for flag in flags]  # each once
+    assert said.count("(default: ") >= len(flags)
+    sections = MODULES[name].Config.SECTIONS
+    assert set(sections) <= {flag.name for flag in flags} and flags[0].name in sections
+    assert all(f"{title}: --{first} " in said or f"{title}: --{first} [" in said for first, title in sections.items())
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):

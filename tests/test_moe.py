@@ -550,7 +550,9 @@ def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, monkeypatch, 
 
     run = tmp_path / "run"
     moe.main(Config(**TINY_RUN | dict(max_steps=30), learning_rate=1e-2, output_dir=str(run)))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    before, *lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert before["step"] == 0 and before["eval/nll"] > lines[-1]["eval/nll"]
+    assert lines[1]["num_tokens"] > lines[0]["num_tokens"]
     assert lines[-1]["nll"] < 0.85 * lines[0]["nll"] and len(lines) == 30
     assert lines[0]["loss"] == pytest.approx(
         lines[0]["nll"] + 0.01 * lines[0]["balance/global"] + 1e-3 * lines[0]["z_loss"], abs=1e-5

@@ -221,7 +221,11 @@ def test_every_epoch_is_a_permutation_and_steps_need_no_memory():
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_schedule(kind):
-    config = Config(learning_rate=2.0, warmup_steps=4, max_steps=12, lr_scheduler_type=kind)
+    for steps in (4, 0.33):  # 4 steps, or a third of 12, rounded up
+        check_schedule(kind, Config(learning_rate=2.0, warmup_steps=steps, max_steps=12, lr_scheduler_type=kind))
+
+
+def check_schedule(kind, config):
     rates = [sft.scheduled_rate(step, config) for step in range(13)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     wanted = {"constant": lambda x: 2.0, "linear": lambda x: 2 * (1 - x), "cosine": lambda x: 1 + math.cos(math.pi * x)}
@@ -245,14 +249,18 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
     sft.main(Config(output_dir=str(run), max_steps=30, n_train=300, levels="1", error_rate=0, eval_steps=15, n_eval=8,
                     save_steps=10, per_device_train_batch_size=32, max_completion_length=16))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 31))
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "time/tokens_per_s"} <= set(lines[0])
-    assert [line["step"] for line in lines if "eval/accuracy" in line] == [15, 30]
+    assert [line["step"] for line in lines] == list(range(31))
+    assert lines[-1]["loss"] < 0.5 * lines[1]["loss"]
+    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "time/tokens_per_s"} <= set(lines[1])
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 15, 30]
+    assert all(line["eval/accuracy/low"] <= line["eval/accuracy"] <= line["eval/accuracy/high"] for line in lines[::15])
+    assert lines[2]["num_tokens"] > lines[1]["num_tokens"]  # of the run so far
     for name in ("args.json", "samples.jsonl", "curves.png", "model.safetensors", "tokenizer.json"):
         assert (run / name).stat().st_size > 0, name
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_20", "step_30"]
     shown, args = capsys.readouterr().out, json.loads((run / "args.json").read_text())
+    assert "300 examples of" in shown and "30 steps of 32 rows: 3.2 passes" in shown
+    assert shown.count(": wrong") + shown.count(": right") == 3  # a completion at each evaluation
     assert "[[" in shown and "0.616 M parameters, learning rate 0.003" in shown  # which tokens are trained, and how
     assert args["parameters"] == 616_256 and args["learning_rate"] == 0.003 and args["flags"]["learning_rate"] == 0.0
     assert args["finished"] and args["flags"]["seed"] == 0 and args["versions"]["torch"] == torch.__version__

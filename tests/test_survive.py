@@ -98,10 +98,12 @@ def test_a_run_stopped_at_every_step_ends_bit_equal(flags, whole, tmp_path, scri
     for step in range(1, 6):
         codes, text = run(script, mine, {"signal_at": [step, TERM]})
         assert codes == [143] and steps_of(tmp_path / "run")[-1] == step, text
+        assert f"stopped and saved after step {step}; the same command continues" in text
     codes, text = run(script, mine, {"signal_at": [6, signal.SIGINT]})  # the last step: nothing is left to stop
     assert codes == [0], text
     assert_same(tmp_path / "run", whole(script, **changes))
-    assert all(json.loads(line)["grad_norm"] > 0 for line in numbers_of(tmp_path / "run"))  # or equality is no news
+    before, *steps = map(json.loads, numbers_of(tmp_path / "run"))
+    assert before["step"] == 0 and all(line["grad_norm"] > 0 for line in steps)  # or equality is no news
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo"])
@@ -125,7 +127,7 @@ def test_a_chosen_checkpoint_is_continued(flags, whole, tmp_path):
     older = tmp_path / "run" / "checkpoints" / "step_2"
     codes, text = run("sft", {**mine, "resume_from_checkpoint": older}, {"crash_at": 4})
     assert codes == [1] and f"continues from {older}" in text
-    assert len(numbers_of(tmp_path / "run")) == 3
+    assert len(numbers_of(tmp_path / "run")) == 1 + 3
     assert run("sft", {**mine, "resume_from_checkpoint": older})[0] == [0]
     assert_same(tmp_path / "run", whole("sft"))
     for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to")):
@@ -239,8 +241,8 @@ def test_a_bad_step_moves_nothing(flags, tmp_path, script, fault):
     assert codes == [0] and "step 3: loss or gradient not finite" in text, text
     before, after = (tmp_path / "run" / "checkpoints" / f"step_{step}" for step in (2, 3))
     assert same_weights(before, after)
-    lines = [json.loads(line) for line in numbers_of(tmp_path / "run")]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    before, *lines = [json.loads(line) for line in numbers_of(tmp_path / "run")]
+    assert before["step"] == 0 and [line["step"] for line in lines] == [1, 2, 3]
     assert [math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines] == [True, True, False]
     bad, = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
     assert bad["step"] == 3 and len(bad["rows"]) == (8 if script == "sft" else 4)
@@ -429,8 +431,8 @@ def test_a_process_with_nothing_to_train_on(flags, tmp_path, fsdp, rows):
     codes, text = run("grpo", spread({**mine, "output_dir": tmp_path / "two"}, fsdp, 2), {"one_group": rows}, ranks=2)
     assert codes == [0, 0], text
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
-    lines = [json.loads(line) for line in numbers_of(tmp_path / "two")]
-    assert all(line["grad_norm"] > 0 for line in lines)
+    _, *lines = [json.loads(line) for line in numbers_of(tmp_path / "two")]
+    assert lines and all(line["grad_norm"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("script, fsdp", SPREAD)

@@ -73,7 +73,7 @@ def run_ours(case, folder, steps):
 
         def step(self, step, numbers, show, tokens, seconds):
             super().step(step, numbers, show, tokens, seconds)
-            meter.note(numbers["num_tokens"], numbers["loss"])
+            meter.note(numbers["num_tokens"] - sum(meter.tokens), numbers["loss"])
 
     distill.Log = MeteredLog
     distill.main(distill.Config(

@@ -93,12 +93,18 @@ class Claim:
     notes: str = ""  # what was tried, what to beware of
 
 
+MEASURED_WITH = {  # defaults that were others when the claims were measured; a command's own flags stand behind them
+    **dict.fromkeys(("dpo.py", "grpo.py"), "--eval_on_start False"), "distill.py": "--eval_on_start False --warmup_steps 10",
+    **dict.fromkeys(("sft.py", "moe.py"), "--eval_on_start False --warmup_steps 20")}
+
+
 def run_command(command):
     """One command line in this process; raises RuntimeError where it does not end well."""
-    sys.argv = shlex.split(command)
-    script = importlib.import_module(sys.argv[0].removesuffix(".py"))
+    script, *words = shlex.split(command)
+    sys.argv = [script, *MEASURED_WITH[script].split(), *words]
+    module = importlib.import_module(script.removesuffix(".py"))
     try:
-        script.launch(script.main, script.Config)
+        module.launch(module.main, module.Config)
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"exit code {end.code}: {command}") from end

@@ -165,12 +165,7 @@ OWN = ("distill.py --model_name_or_path {start}/young --teacher_model_name_or_pa
 
 def token_curve(out, key="divergence"):
     """A number of metrics.jsonl against the tokens trained on so far."""
-    points, tokens = [], 0
-    for line in read_lines(out):
-        tokens += line["num_tokens"]
-        if key in line:
-            points.append((tokens, line[key]))
-    return points
+    return [(line["num_tokens"], line[key]) for line in read_lines(out) if key in line and "num_tokens" in line]
 
 
 def accuracy_curve(out):

@@ -58,7 +58,7 @@ def coverage_arm(loss_type, n):
             folder = out / f"stage_{stage}"
             sft.main(sft.Config(model_name_or_path=str(model), dataset_name=str(out / "data.jsonl"), max_steps=stage,
                                 output_dir=str(folder), overwrite=True, loss_type=loss_type, dco_n=n,
-                                learning_rate=3e-3, lr_scheduler_type="constant", eval_steps=0, save_steps=0,
+                                learning_rate=3e-3, lr_scheduler_type="constant", warmup_steps=20, eval_steps=0, save_steps=0,
                                 micro_batch_tokens=0, seed=seed))
             model, steps = folder, steps + stage
             p_Q = solution_logps(*ground.load_model(str(model)), held_out, solution=False)[0].exp()
