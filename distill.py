@@ -1,4 +1,4 @@
-"""Distillation: teachers trained to teach, and the other ways to move reasoning from one model into another.
+r"""Distillation: teachers trained to teach, and the other ways to move reasoning from one model into another.
 
 --method rlt (Reinforcement-Learned Teachers, 2506.08388) trains a teacher that reads a question q *and* its solution s
 and writes the explanation t. It never has to find the answer; its reward is what a frozen student makes of the

@@ -1,4 +1,4 @@
-"""Preference optimisation: DPO and its relatives, on pairs you have or pairs that the policy makes itself.
+r"""Preference optimisation: DPO and its relatives, on pairs you have or pairs that the policy makes itself.
 
 Of two completions of one prompt the chosen one is the better. With the log-ratios c and r of chosen and rejected,
 log p(completion | prompt) - log p_reference(completion | prompt), summed over the completion's tokens,

@@ -1040,7 +1040,7 @@ def plot_runs(run_dirs, path):
     """Draws the runs' key figures against the step, one panel a name, the runs overlaid, into the PNG `path`.
 
     All other numbers of their metrics.jsonl that move go to a second PNG, NAME_all.png. Faint: the values; strong:
-    their running mean over a fiftieth of the run; bars: 95 % intervals. Raises InputError where there is no number.
+    their running mean over a twentieth of the run; bars: 95 % intervals. Raises InputError where there is no number.
     """
     runs = [(label, read_metrics(run_dir)) for label, run_dir in zip(short_names(run_dirs), run_dirs)]
     names = {name for _, curves in runs for name in curves if not name.endswith(("/low", "/high"))}
@@ -1059,7 +1059,7 @@ def draw_panels(runs, names, path):
         for i, (label, curves) in enumerate(runs):
             curve = curves.get(name, {})
             steps, values = np.array(sorted(curve.items()), dtype=float).reshape(-1, 2).T
-            color, width = COLORS[i % len(COLORS)], len(steps) // 50
+            color, width = COLORS[i % len(COLORS)], len(steps) // 40  # on each side
             if width > 1:
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
                 values = running_mean(values, width)

@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards: GRPO and its relatives.
+r"""Reinforcement learning with verifiable rewards: GRPO and its relatives.
 
 For each prompt, G completions are sampled and checked; a completion is worth what it scored above its group's mean:
 

@@ -1,4 +1,4 @@
-"""A mixture-of-experts language model whose experts specialise, because balance is asked of the whole batch.
+r"""A mixture-of-experts language model whose experts specialise, because balance is asked of the whole batch.
 
     loss = nll + balance_coef * mean over layers of LBL + z_loss_coef * mean of logsumexp(z)^2
     LBL  = E * sum over experts i of f_i P_i    f_i: share of the choices that fell on i; P_i: i's mean probability

@@ -1,4 +1,4 @@
-"""Cold start: supervised fine-tuning of a language model on worked solutions.
+r"""Cold start: supervised fine-tuning of a language model on worked solutions.
 
     loss = - sum over trained tokens of log p(token | everything before it) / number of trained tokens in the step
 
