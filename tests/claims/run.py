@@ -1,8 +1,8 @@
 """Measures what the papers claim, in miniature.
 
     python tests/claims/run.py                    # what claims there are
-    python tests/claims/run.py sec --seeds 8      # runs one, writes tests/claims/results/sec.json and sec.png
-    python tests/claims/run.py sec --quick        # two seeds of very short runs: does it work at all? Writes nothing
+    python tests/claims/run.py ssb --seeds 8      # runs one, writes tests/claims/results/ssb.json and ssb.png
+    python tests/claims/run.py ssb --quick        # two seeds of very short runs: does it work at all? Writes nothing
     python tests/claims/run.py --table            # the tables of README.md and tests/claims/README.md anew
 
 Every claim: all arms from one start, paired by seed, equal rollouts (or tokens), an interval for the paired
