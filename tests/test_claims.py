@@ -90,8 +90,8 @@ def test_a_result_is_of_a_claim_and_its_comparisons_are_of_its_seeds(path):
         assert c == pytest.approx(claim.compare(result["figures"], c["arm"], c["against"], c["figure"]))
 
 
-def test_the_table_in_the_readme_is_that_of_the_results():
-    text = (claim.ROOT / "README.md").read_text()
-    between = text.split(run.BEGIN)[1].split(run.END)[0].strip()
+@pytest.mark.parametrize("page", run.PAGES, ids=lambda page: str(page.relative_to(claim.ROOT)))
+def test_the_table_of_a_page_is_that_of_the_results(page):
+    between = page.read_text().split(run.BEGIN)[1].split(run.END)[0].strip()
     results = [json.loads(path.read_text()) for path in sorted(claim.RESULTS.glob("*.json"))]
-    assert between == run.table(results)
+    assert between == run.table(results, **run.PAGES[page])

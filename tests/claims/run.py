@@ -1,17 +1,18 @@
 """Measures what the papers claim, in miniature.
 
     python tests/claims/run.py                    # what claims there are
-    python tests/claims/run.py sec --seeds 8      # runs one, writes tests/claims/results/sec.json and sec.png
-    python tests/claims/run.py sec --quick        # two seeds of very short runs: does it work at all? Writes nothing
-    python tests/claims/run.py --table            # the README's table anew from results/*.json
+    python tests/claims/run.py ssb --seeds 8      # runs one, writes tests/claims/results/ssb.json and ssb.png
+    python tests/claims/run.py ssb --quick        # two seeds of very short runs: does it work at all? Writes nothing
+    python tests/claims/run.py --table            # the tables of README.md and tests/claims/README.md anew
 
 Every claim: all arms from one start, paired by seed, equal rollouts (or tokens), an interval for the paired
-difference. A null or a reversal is a result and stays in the table.
+difference. A null or a reversal is a result and stays in both tables.
 """
 import argparse
 import importlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,34 +22,46 @@ from claim import RESULTS, ROOT, compare, run_claim, save, verdict  # noqa: E402
 MODULES = sorted(path.stem for path in Path(__file__).parent.glob("*_claims.py"))
 CLAIMS = {claim.name: claim for module in MODULES for claim in importlib.import_module(module).CLAIMS}
 BEGIN, END = "<!-- claims: written by tests/claims/run.py --table -->", "<!-- end of claims -->"
+PAGES = {ROOT / "README.md": {"pictures": "tests/claims/results", "every": False},
+         Path(__file__).with_name("README.md"): {"pictures": "results", "every": True}}
+VERDICTS = ("better", "leans better", "no difference", "leans worse", "worse")
 
 
-def table(results):
-    """The README's table of all results, as Markdown: one line a comparison of each claim's main figure."""
-    lines = ["| claim | compared | figure | baseline, difference [95 %] | seeds better / worse | seen | CPU minutes |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+def table(results, pictures, every):
+    """All results as a Markdown table, in the figure that each claim names first; pictures: their folder, from the page.
+
+    With `every` a line a comparison; without, a line a claim: its first comparison, and how many others came out how.
+    """
+    heads = ["claim", "compared", "figure", "baseline, difference [95 %]", "seeds better / worse", "seen", "CPU minutes"]
+    heads += [] if every else ["other comparisons"]
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
     for result in results:
         main = next(iter(next(iter(next(iter(result["figures"].values())).values()))))
-        first = f"[`{result['name']}`](tests/claims/results/{result['name']}.png): {result['says']} ({result['source']})"
+        first = f"[`{result['name']}`]({pictures}/{result['name']}.png): {result['says']} ({result['source']})"
         minutes = f"{result['cpu_minutes']:.0f}" if "cpu_minutes" in result else f"{result['minutes']:.0f} (wall)"
-        for c in (c for c in result["comparisons"] if c["figure"] == main):
+        compared = [c for c in result["comparisons"] if c["figure"] == main]
+        seen = Counter(verdict(c).removesuffix(" seen") for c in compared[1:])
+        others = f"+{len(compared) - 1} more: " + ", ".join(f"{seen[word]} {word}" for word in VERDICTS if seen[word])
+        for c in compared if every else compared[:1]:
             against = [f[main] for f in result["figures"][c["against"]].values() if f[main] is not None]
             if c["low"] is None:
                 change = "reached in fewer than two seeds"
             else:
                 change = f"{sum(against) / len(against):.3g} {c['difference']:+.3g} [{c['low']:+.3g} {c['high']:+.3g}]"
-            lines.append(f"| {first} | {c['arm']} − {c['against']} | {main} | {change} | {c['wins']} / {c['losses']} "
-                         f"of {result['seeds']} | {verdict(c)} | {minutes} |")
+            cells = [first, f"{c['arm']} − {c['against']}", main, change,
+                     f"{c['wins']} / {c['losses']} of {result['seeds']}", verdict(c), minutes]
+            cells += [] if every else [others if len(compared) > 1 else ""]
+            lines.append("| " + " | ".join(cells) + " |")
             first = minutes = ""
     return "\n".join(lines)
 
 
-def write_table():
-    """Puts the table of all results between the README's two marks."""
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+def write_tables():
+    """Puts the table of all results between the two marks of each page."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")
+    for page, how in PAGES.items():
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{table(results, **how)}\n{END}{rest.split(END)[1]}")
 
 
 def show(result):
@@ -76,7 +89,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="paired seeds; default: as the claim says")
     parser.add_argument("--quick", action="store_true", help="two seeds of very short runs, nothing is written")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="comparisons, pictures and the README's table anew")
+    parser.add_argument("--table", action="store_true", help="comparisons, pictures and both tables anew")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.names:
@@ -94,7 +107,7 @@ def main():
             result["comparisons"] = [compare(result["figures"], c["arm"], c["against"], c["figure"])
                                      for c in result["comparisons"]]
             save(result)
-        write_table()
+        write_tables()
     if not options.names and not options.table:
         for claim in CLAIMS.values():
             print(f"{claim.name:<22} {claim.says} ({claim.source})")
