@@ -196,7 +196,7 @@ CLAIMS = [
         name="rlt", source="2506.08388",
         says="A student learns more from a teacher whom RL has taught to explain than from the teacher as it was, from bare "
              "answers, or from the right samples of a solver trained on correctness",
-        start=SCHOOL, premise=premise, seeds=3, measure=taught, curve=reward_curve, axes=("rollouts of the RL after it", "reward"),
+        start=SCHOOL, premise=premise, measure=taught, curve=reward_curve, axes=("rollouts of the RL after it", "reward"),
         arms={"untrained teacher": (LEARN % ("student", "{start}"), THEN_RL),
               "answers only": (ANSWERS, THEN_RL),
               "solver trained on correctness": (SOLVER, FROM_SOLVER, THEN_RL),
@@ -210,7 +210,7 @@ CLAIMS = [
     Claim(
         name="rlt_larger", source="2506.08388",
         says="A teacher that RL trained with a small student serves a student four times its size",
-        start=SCHOOL, measure=larger, curve=None, seeds=3,
+        start=SCHOOL, measure=larger, curve=None,
         arms={"untrained teacher": (LEARN % ("large_student", "{start}"),),
               "rlt with the small student": (TEACH % ("student", "3"), LEARN % ("large_student", "{out}")),
               "rlt with the large student": (TEACH % ("large_student", "3"), LEARN % ("large_student", "{out}"))},
@@ -220,7 +220,7 @@ CLAIMS = [
         name="distill_prune", source="2403.07854",
         says="On a random part of noisy data, distilling from a teacher trained on all of it beats training on the part alone, "
              "the more so the smaller it is",
-        start=SCHOOL, measure=distilled, curve=None, seeds=3,
+        start=SCHOOL, measure=distilled, curve=None,
         arms={f"{keep:.0%} of the data, weight {weight}": (KD % (1 - keep, weight),)
               for keep, weight in ((0.05, 0.0), (0.05, 0.5), (0.05, 1.0), (0.2, 0.0), (0.2, 1.0), (1.0, 0.0))},
         pairs=(("5% of the data, weight 0.5", "5% of the data, weight 0.0"),
@@ -231,7 +231,7 @@ CLAIMS = [
     Claim(
         name="distill_on_policy", source="2306.13649",
         says="At equal tokens a student learns more from its own samples, scored by the teacher, than from the teacher's",
-        start=SCHOOL, premise=premise, seeds=3, measure=sampled_by, curve=accuracy_curve, axes=("tokens trained on", "greedy accuracy"),
+        start=SCHOOL, premise=premise, measure=sampled_by, curve=accuracy_curve, axes=("tokens trained on", "greedy accuracy"),
         arms={f"{where}, {kind}": (OWN + flags + f"--divergence {kind}",)
               for where, flags in (("offline", "--method logits --completions teacher "), ("on-policy", "--method on_policy "))
               for kind in ("forward", "reverse", "jsd")},
@@ -240,7 +240,7 @@ CLAIMS = [
     Claim(
         name="ssb", source="2512.05105",
         says="Distilling from itself with a right and a wrong attempt in view beats GRPO at equal compute",
-        start=SCHOOL, premise=premise, seeds=3, measure=accuracies, curve=None,
+        start=SCHOOL, premise=premise, measure=accuracies, curve=None,
         arms={"grpo": (SSB_RL % "5e-4",), "ssb": (SSB,), "ssb, tau 1": (SSB + "--kd_temperature 1",),
               "SFT on the replies": (SSB + "--kd_weight 0",)},
         pairs=(("ssb", "grpo"), ("ssb, tau 1", "grpo"), ("ssb", "SFT on the replies")),

@@ -122,9 +122,9 @@ CLAIMS = [
         start=("sft.py --save_steps 0 --eval_steps 350 --output_dir {start}",),
         arms={
             "sft on right samples": (ON_POLICY.format("--loss_type sft --resample_steps 8 --round_prompts 96"),),
+            "iterative rpo": (ON_POLICY.format("--loss_type rpo --resample_steps 8 --round_prompts 96"),),
             "dpo": (ON_POLICY.format("--loss_type sigmoid --resample_steps 0 --round_prompts 384"),),
             "iterative dpo": (ON_POLICY.format("--loss_type sigmoid --resample_steps 8 --round_prompts 96"),),
-            "iterative rpo": (ON_POLICY.format("--loss_type rpo --resample_steps 8 --round_prompts 96"),),
             "step-apo": (ON_POLICY.format("--pairs steps --loss_type step_apo --resample_steps 8 --round_prompts 42 "
                                           "--pairs_per_prompt 1"),),
         },

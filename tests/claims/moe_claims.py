@@ -81,7 +81,6 @@ BALANCE = Claim(
            ("bias 0.01", "global 0.1"), ("none", "global 0.1")),
     measure=measures,
     curve=None,
-    seeds=5,
     notes="Predicted before the runs: at matched global balance more mutual information in every seed, lower loss in "
     "4 of 5 (seen: 5 of 5 and 5 of 5); at equal coefficient at least twice the mutual information (seen at 0.3, "
     "0.1 and 0.03; at 0.01, where both are far from balance, 1.5 times: missed); shuffle equal to global (no "
@@ -99,7 +98,6 @@ TEXT_CLAIM = Claim(
            ("none", "global 0.1")),
     measure=measures,
     curve=None,
-    seeds=4,
     notes="Mutual information under global: 3.4 to 18 times micro's at 0.1, 4.1 to 5.7 times at 0.01, in every seed. "
     "Loss: at 0.1 lower in 3 of 4 seeds, at 0.01 no difference seen; micro 0.01 has global 0.1's loss at twice "
     "its violation. 0.6 M tokens a run: the loss is still falling.",
@@ -114,7 +112,6 @@ SPARSITY = Claim(
     },
     measure=measures,
     curve=None,
-    seeds=4,
     notes="2 of n experts of width 8 a token, so sparsity 1 - 2 / n; 2 experts are a dense model. The router's own "
     "multiplications are not held equal: in a model this narrow they are 4.5 % of the others at 16 experts and "
     "18 % at 64.",
