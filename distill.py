@@ -133,6 +133,7 @@ class Config:
 
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
+    trace_temperature: float = flag(0.3, "of the teacher's texts that the student learns from: rlt, completions teacher")
     generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
@@ -1284,14 +1285,15 @@ def launch(main, Config):
 # --- rollout ---
 
 
-def sample(decoder, tokenizer, prompts, n, number, config, world):
+def sample(decoder, tokenizer, prompts, n, number, config, world, temperature=None):
     """n completions of every prompt, shared out over the processes: Rollouts of all rows, on every process.
 
     Random numbers belong to (seed, number, prompt, sample), so they are the same however many processes there are.
     """
     mine = range(world.rank, len(prompts), world.size)
+    temperature = config.temperature if temperature is None else temperature
     found = generate(decoder, tokenizer, [prompts[i] for i in mine], n, config.max_completion_length,
-                     config.temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine,
+                     temperature, seed=[config.seed, number], batch_size=config.generation_batch_size, keys=mine,
                      progress=sys.stderr.isatty() and world.rank == 0)
     if world.size == 1:
         return found
@@ -1341,7 +1343,8 @@ def score_explanations(student, lessons, rollouts, tags, config, world):
 def rlt_traces(sampler, tokenizer, problems, config, world):
     """One explanation of every problem by the teacher, as it wrote it: no choice, no rewriting, no check."""
     lessons, tags = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config)
-    rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], 1, 0, config, world)
+    rollouts = sample(sampler, tokenizer, [lesson.teacher_prompt for lesson in lessons], 1, 0, config, world,
+                      config.trace_temperature)
     traces = [explained(lesson, thought_of(rollouts, row), tags, tokenizer) for row, lesson in enumerate(lessons)]
     return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
 
@@ -1466,7 +1469,7 @@ def teacher_traces(sampler, tokenizer, rows, config, world):
     questions = [question_of(row, f"--dataset_name {config.dataset_name}: row {i + 1}") for i, row in enumerate(rows)]
     questions = pruned(questions, config)[: config.n_traces or None]
     prompts = [encode_prompt(tokenizer, question) for question in questions]
-    rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world)
+    rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world, config.trace_temperature)
     traces = [Trace(question, text, prompt, rollouts.ids(row), prompt)
               for row, (question, text, prompt) in enumerate(zip(questions, rollouts.texts(tokenizer), prompts))]
     return traces, {"data/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
@@ -1702,9 +1705,9 @@ def check_config(config):
     choices = {"method": ("rlt", "ssb", "logits", "on_policy", "bootstrap"),
                "stage": ("all", "warm_up", "teacher", "student"), "completions": ("dataset", "teacher"),
                "divergence": ("auto", "forward", "reverse", "jsd")}
-    lowest = {"kd_temperature": 0, "kd_topk": 0, "teacher_sft_steps": 0, "teacher_steps": 1, "teacher_learning_rate": 0,
-              "teacher_batch_size": 1, "rlt_alpha": 0, "rlt_lambda": 0, "format_penalty": 0, "beta": 0,
-              "ref_model_sync_steps": 1, "n_traces": 0, "num_generations": 1, "min_thought_tokens": 0,
+    lowest = {"kd_temperature": 0, "trace_temperature": 0, "kd_topk": 0, "teacher_sft_steps": 0, "teacher_steps": 1,
+              "teacher_learning_rate": 0, "teacher_batch_size": 1, "rlt_alpha": 0, "rlt_lambda": 0, "format_penalty": 0,
+              "beta": 0, "ref_model_sync_steps": 1, "n_traces": 0, "num_generations": 1, "min_thought_tokens": 0,
               "max_thought_tokens": 0, "n_shots": 0, "rounds": 0, "generation_batch_size": 1, "max_length": 2}
     check_values(config, choices, lowest, ("kd_weight", "lmbda", "prune_fraction", "ref_model_mixup_alpha",
                                            "error_rate"))

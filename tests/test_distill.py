@@ -341,6 +341,23 @@ def test_the_teachers_traces_are_rows_for_sft(monkeypatch, tmp_path):
         assert tokenizer.decode(example.ids) == f"<user>{row['prompt']}<eos><assistant>a2<eos>"
 
 
+@pytest.mark.parametrize("make", [distill.rlt_traces, distill.teacher_traces])
+def test_traces_have_a_temperature_of_their_own(make):
+    """At 0 they are greedy whatever the seed and --temperature are; otherwise both are what the trace's own flag says."""
+    model, tokenizer = model_of(32, 0), char_tokenizer()
+    data = ground.load_problems("chain", "train", 4, levels="1")
+    if make is distill.teacher_traces:
+        data = [{"prompt": problem.prompt, "completion": ""} for problem in data]
+
+    def said(**flags):
+        method = dict(method="logits", completions="teacher") if make is distill.teacher_traces else {}
+        return [trace.completion_ids for trace in make(model, tokenizer, data, config(**method, **flags), ALONE)[0]]
+
+    assert said(trace_temperature=0.0) == said(trace_temperature=0.0, seed=1, temperature=0.5)
+    assert said(trace_temperature=1.0) == said(trace_temperature=1.0, temperature=0.5)
+    assert said(trace_temperature=0.0) != said(trace_temperature=1.0) != said(trace_temperature=1.0, seed=1)
+
+
 def test_a_token_the_teacher_lacks_is_named(folders, monkeypatch):
     c = config(method="on_policy", model_name_or_path=folders["student"], n_train=8, levels="1", per_device_train_batch_size=4,
                teacher_model_name_or_path=folders["student"])
@@ -412,7 +429,7 @@ def fake_samples(monkeypatch, answer):
     """Sampling returns answer(prompt text, sample's number) -> (text, finished)."""
     tokenizer, asked = char_tokenizer(), []
 
-    def sampling(decoder, given, prompts, n, number, c, world):
+    def sampling(decoder, given, prompts, n, number, c, world, temperature=None):
         asked.extend(tokenizer.decode(prompt) for prompt in prompts)
         said = [answer(tokenizer.decode(prompt), j) for prompt in prompts for j in range(n)]
         return rollouts_of([text for text, _ in said], [done for _, done in said], T=40)

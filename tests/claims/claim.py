@@ -94,7 +94,8 @@ class Claim:
 
 
 MEASURED_WITH = {  # defaults that were others when the claims were measured; a command's own flags stand behind them
-    **dict.fromkeys(("dpo.py", "grpo.py"), "--eval_on_start False"), "distill.py": "--eval_on_start False --warmup_steps 10",
+    **dict.fromkeys(("dpo.py", "grpo.py"), "--eval_on_start False"),
+    "distill.py": "--eval_on_start False --warmup_steps 10 --trace_temperature 1",
     **dict.fromkeys(("sft.py", "moe.py"), "--eval_on_start False --warmup_steps 20")}
 
 
