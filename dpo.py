@@ -15,7 +15,7 @@ length; only completion tokens meet the output head; pairs over --max_length are
 Dimensions: P pairs · C = 2 completions, chosen first · T tokens of a completion · B lines of one forward ·
 S predicting positions · N trained tokens · D model width · V vocabulary.
 
-    python sft.py && python dpo.py                    # the embedded task, pairs from the policy: two minutes
+    python sft.py && python dpo.py                    # the embedded task, pairs from the policy: four minutes of one core
     python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --pairs offline --eval_steps 0 \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/d                # one GPU
     torchrun --nproc-per-node 8 dpo.py --fsdp ...                                         # several GPUs

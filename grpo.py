@@ -19,7 +19,7 @@ Curricula are classes under "samplers", hints and subgoals functions under "scaf
 Dimensions: P prompts · G completions per prompt · R = P G rows of a step · B rows of one forward · T tokens ·
 S = T - 1 predicting positions · N trained tokens.
 
-    python sft.py && python grpo.py                   # the embedded task: two minutes on two cores
+    python sft.py && python grpo.py                   # the embedded task: four minutes of one core
     python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --output_dir runs/g \
         --max_completion_length 512 --per_device_train_batch_size 128                     # one GPU
     torchrun --nproc-per-node 8 grpo.py --fsdp ...                                        # several GPUs

@@ -15,7 +15,7 @@ right, so padding needs no mask and attention takes its fastest path); only trai
 Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocabulary · D model width · N trained tokens ·
 O, I a matrix's outputs and inputs · R the rank of an adapter.
 
-    python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: 3 minutes
+    python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: 2.5 minutes
     python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-qwen \
         --learning_rate 1e-5 --max_steps 300 --per_device_train_batch_size 32             # one GPU
     torchrun --nproc-per-node 8 sft.py --fsdp ...                                         # several GPUs
