@@ -133,7 +133,7 @@ class Config:
 
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
-    trace_temperature: float = flag(0.3, "of the teacher's texts that the student learns from: rlt, completions teacher")
+    trace_temperature: float = flag(0.3, "of the teacher's texts for the student: rlt, completions teacher")
     generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
@@ -1107,7 +1107,8 @@ class Log:
         line, speed = {"step": step, **numbers}, ""
         if seconds:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
             self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
             mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds

@@ -15,7 +15,7 @@ length; only completion tokens meet the output head; pairs over --max_length are
 Dimensions: P pairs · C = 2 completions, chosen first · T tokens of a completion · B lines of one forward ·
 S predicting positions · N trained tokens · D model width · V vocabulary.
 
-    python sft.py && python dpo.py                    # the embedded task, pairs from the policy: four minutes of one core
+    python sft.py && python dpo.py                    # the embedded task, its own pairs: four minutes of one core
     python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --pairs offline --eval_steps 0 \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/d                # one GPU
     torchrun --nproc-per-node 8 dpo.py --fsdp ...                                         # several GPUs
@@ -953,7 +953,8 @@ class Log:
         line, speed = {"step": step, **numbers}, ""
         if seconds:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
             self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
             mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
@@ -1138,7 +1139,8 @@ def sample_attempts(decoder, tokenizer, problems, prompts, starts, number, confi
     mine = range(world.rank, len(prompts), world.size)
     rollouts = generate(decoder, tokenizer, [prompts[i] + starts[i] for i in mine], config.num_generations,
                         config.max_completion_length, config.temperature, seed=[config.seed, number],
-                        batch_size=config.generation_batch_size, keys=mine, progress=sys.stderr.isatty() and world.rank == 0)
+                        batch_size=config.generation_batch_size, keys=mine,
+                        progress=sys.stderr.isatty() and world.rank == 0)
     groups = [[] for _ in mine]
     for row, finished in enumerate(rollouts.finished_R.tolist()):
         k, ids = row // config.num_generations, rollouts.ids(row)
@@ -1428,8 +1430,8 @@ def show_pair(pair, tokenizer):
     say("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts))
 
 
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_fell", "reward",
-         "eval/accuracy")  # on the screen
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_fell",
+         "reward", "eval/accuracy")  # on the screen
 
 
 def main(config):

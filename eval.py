@@ -1044,7 +1044,8 @@ def plot_runs(run_dirs, path):
     """
     runs = [(label, read_metrics(run_dir)) for label, run_dir in zip(short_names(run_dirs), run_dirs)]
     names = {name for _, curves in runs for name in curves if not name.endswith(("/low", "/high"))}
-    moving = {name for name in names if len({value for _, curves in runs for value in curves.get(name, {}).values()}) > 1}
+    moving = {name for name in names
+              if len({value for _, curves in runs for value in curves.get(name, {}).values()}) > 1}
     key = [name for name in KEY_FIGURES if name in moving][:9] or sorted(names)
     draw_panels(runs, key, path)
     if rest := sorted(moving - set(key)):
@@ -1220,7 +1221,8 @@ def parse_flags(Config, usage, about, arguments=None):
         raise InputError(message.removeprefix("argument "))
 
     parser.error = fail
-    config, words = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
+    config, words = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,
+                                                       look_for_args_file=False)
     for word in words:
         if word.startswith("-"):
             wanted = word.lstrip("-").partition("=")[0].replace("-", "_")

@@ -844,7 +844,8 @@ class Log:
         line, speed = {"step": step, **numbers}, ""
         if seconds:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
             self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
             mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
@@ -2057,7 +2058,7 @@ def restore(tensors, reference):
 
 
 SHOWN = ("reward", "eval/accuracy", "scaffold/asked", "scaffold/solved", "hpt/share", "kd/teacher_gap", "kl", "entropy",
-         "clip_ratio", "frac_reward_zero_std", "completions/mean_length", "grad_norm")  # on the screen, where there is one
+         "clip_ratio", "frac_reward_zero_std", "completions/mean_length", "grad_norm")  # on the screen
 
 
 def main(config):

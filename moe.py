@@ -57,8 +57,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, flag, generate, load_model, load_problems, new_figure,
-                  parse_flags, plot_runs, read_rows, save_figure, softcap, split_of)
+from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, flag, generate, load_model, load_problems,
+                  new_figure, parse_flags, plot_runs, read_rows, save_figure, softcap, split_of)
 from kernels import linear_logps, moe_experts
 
 # --- config ---
@@ -66,8 +66,9 @@ from kernels import linear_logps, moe_experts
 
 @dataclass
 class Config:
-    SECTIONS = {"model_name_or_path": "model", "balance": "balance", "domains": "data", "output_dir": "the run's folder",
-                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
+    SECTIONS = {"model_name_or_path": "model", "balance": "balance", "domains": "data",
+                "output_dir": "the run's folder", "per_device_train_batch_size": "optimizer and memory",
+                "logging_steps": "logs, evaluation, checkpoints"}
 
     model_name_or_path: str = flag("tiny", "`tiny`: built from the sizes below; or a Qwen3-MoE, a folder or hub name")
     chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
@@ -1201,7 +1202,8 @@ class Log:
         line, speed = {"step": step, **numbers}, ""
         if seconds:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
             self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
             mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
@@ -1350,7 +1352,8 @@ def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
         rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
         for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
             prompt = tokenizer.decode(prompt)
-            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": prompt, "completion": text})
+            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": prompt,
+                                                "completion": text})
             print(f"        {stream.name}: {prompt[-40:]!r} -> {text[:80]!r}", flush=True)
     barrier()
 

@@ -1096,7 +1096,8 @@ class Log:
         line, speed = {"step": step, **numbers}, ""
         if seconds:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds, "time/peak_memory_gb": memory / 2**30}
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
             self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
             mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
@@ -1347,7 +1348,8 @@ def main(config):
             tensor.copy_(tensors[name])
     log, stop = Log(run, config, world), StopSignal()
     show_example(examples[0], tokenizer)
-    say(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes over the data")
+    say(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes over "
+        "the data")
     if problems and config.eval_on_start and state["step"] == 0:
         log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, problems, config, world), SHOWN)
 

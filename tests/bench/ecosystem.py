@@ -90,15 +90,19 @@ def generates(folder, problems):
 
 
 def evaluates(folder, problems, folder_of_task):
-    """lm-eval on the local task against eval.py on the same problems: the same number of right answers."""
+    """lm-eval on the local task against eval.py on the same problems: the same number of right answers.
+
+    By the task's rule, a #number at the end; eval.py's own falls back on the last number of a text that has none.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     found = simple_evaluate(model="hf", model_args=f"pretrained={folder},dtype=float32", tasks=["local_chain"],
                             task_manager=TaskManager(include_path=str(folder_of_task)), device="cpu", batch_size=8)
     theirs = found["results"]["local_chain"]["exact_match,last"]
-    ours = ground.evaluate(*ground.load_model(str(folder)), problems, temperature=0.0, max_new_tokens=24)["accuracy"]
-    assert abs(theirs - ours) < 1e-9, f"lm-eval {theirs}, eval.py {ours}"
-    return f"accuracy {theirs:.3f}, eval.py {ours:.3f}, {len(problems)} problems"
+    ours = ground.evaluate(*ground.load_model(str(folder)), problems, temperature=0.0, max_new_tokens=24)
+    same_rule = sum(record["completion"].endswith("#" + record["answer"]) for record in ours["records"]) / len(problems)
+    assert abs(theirs - same_rule) < 1e-9 and ours["accuracy"] >= theirs, f"lm-eval {theirs}, eval.py {same_rule}"
+    return f"accuracy {theirs:.3f}, eval.py {same_rule:.3f} ({ours['accuracy']:.3f} by its own rule), {len(problems)} problems"
 
 
 def trl_trains(folder, out):
