@@ -1720,8 +1720,7 @@ def credit(groups, pace, n_rows, config):
         scale, batch_std = "none", torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
     for group in groups:
         G, rewards_1G = len(group.rows), torch.tensor([[float(row.reward) for row in group.rows]])
-        # the mean of the others instead of that of all (RLOO 2402.14740 section 2.3) is the same times G / (G - 1)
-        factor = (G / (G - 1) if config.baseline == "leave_one_out" else 1.0) / batch_std
+        factor = baseline_factor(G, config) / batch_std
         for row, advantage in zip(group.rows, group_advantages(rewards_1G, scale)[0].tolist()):
             row.advantage = 0.0 if gated and group.success() == 0 else advantage * factor
     cut = config.mask_truncated_completions
@@ -1733,6 +1732,11 @@ def credit(groups, pace, n_rows, config):
         for group in groups:
             for row in group.rows:
                 row.weight *= pace.generations / len(group.rows)
+
+
+def baseline_factor(G, config):
+    """From a distance to the mean of a group of G to one to the mean of the others (RLOO 2402.14740 section 2.3)."""
+    return G / max(1, G - 1) if config.baseline == "leave_one_out" else 1.0
 
 
 @torch.no_grad()
@@ -1792,7 +1796,7 @@ def consult(groups, policy, reference, teacher, pace, config, world):
         if config.kl_in_reward:  # T1 2501.11651: centred over the group, so a KL that all share moves nothing
             kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
             for row, value in zip(group.rows, kl):
-                row.advantage -= config.beta * (value - sum(kl) / len(kl))
+                row.advantage -= config.beta * (value - sum(kl) / len(kl)) * baseline_factor(len(kl), config)
     if config.entropy_weighting == "tea":
         logps_RT = nn.utils.rnn.pad_sequence([row.values["sampled"] for row in rows], batch_first=True)
         mask_RT = torch.arange(logps_RT.shape[1]) < torch.tensor([len(row.tokens_T) for row in rows])[:, None]

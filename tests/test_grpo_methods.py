@@ -452,8 +452,10 @@ def test_hpt_is_the_likelihood_of_the_solution_divided_by_prompts(tiny):
         assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
-def test_kl_in_the_reward_is_centred_over_the_group(tiny):
-    c = config(beta=0.1, kl_in_reward=True, scale_rewards="none")
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_kl_in_the_reward_is_centred_over_the_group(tiny, baseline):
+    """With the baseline of the rewards: what is compared is reward - beta KL, against the mean of all, or the others."""
+    c = config(beta=0.1, kl_in_reward=True, scale_rewards="none", baseline=baseline)
     group = group_of(0, 2)
     grpo.credit([group], grpo.pace_of(0, c), 4, c)
     before = [row.advantage for row in group.rows]
@@ -462,7 +464,8 @@ def test_kl_in_the_reward_is_centred_over_the_group(tiny):
     model, _ = tiny
     grpo.consult([group], grpo.Policy(model), grpo.Policy(model), None, grpo.pace_of(0, c), c, ALONE)
     kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
-    wanted = [a - 0.1 * (k - sum(kl) / 4) for a, k in zip(before, kl)]
+    others = [(sum(kl) - k) / 3 if baseline == "leave_one_out" else sum(kl) / 4 for k in kl]
+    wanted = [a - 0.1 * (k - other) for a, k, other in zip(before, kl, others)]
     assert [row.advantage for row in group.rows] == pytest.approx(wanted) and len(set(kl)) > 1
 
 
