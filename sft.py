@@ -1030,8 +1030,8 @@ def begin_run(config, world, resume, args, model, data):
         write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
                                        "learning_rate": config.learning_rate, "data_sha256": digest})
     elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
-        raise InputError(f"--dataset_name {config.dataset_name}: not the data this run began with; --overwrite starts "
-                         "over")
+        name = "dataset_name" if hasattr(config, "dataset_name") else "domains"
+        raise InputError(f"--{name} {getattr(config, name)}: not the data this run began with; --overwrite starts over")
     step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
     for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
         if path.exists():

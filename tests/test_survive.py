@@ -340,6 +340,18 @@ def test_a_data_file_that_vanished_or_changed_is_named(flags, tmp_path):
     assert run("sft", mine)[0] == [0]
 
 
+def test_texts_that_changed_are_named(flags, tmp_path):
+    data = tmp_path / "words.txt"
+    texts = [f"{i} bottles of beer on the wall, {i} bottles of beer.\n\n\n" for i in range(200)]
+    data.write_text("".join(texts))
+    mine = {**flags["moe"], "domains": data, "output_dir": tmp_path / "run"}
+    assert run("moe", mine, {"signal_at": [3, TERM]})[0] == [143]
+    data.write_text("".join(texts[1:] + texts[:1]))
+    codes, text = run("moe", mine)
+    assert codes == [2]
+    refused(text, "moe", data)
+
+
 # --- one folder, one run ---
 
 
