@@ -50,6 +50,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
@@ -683,8 +684,17 @@ def encode_prompt(tokenizer, prompt):
         return [bos] * adds_bos + ids
     if not tokenizer.chat_template:
         raise InputError("the prompts are chat messages, and this model's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = chat_text(tokenizer, prompt, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written BOS where it wants one
+
+
+def chat_text(tokenizer, messages, add_generation_prompt=False):
+    """What the chat template makes of messages: str. InputError where it refuses them (no system role, and such)."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        shown = " ".join(f"{message['role']}: {message['content'][:40]!r}" for message in messages)
+        raise InputError(f"the chat template refuses a conversation ({error}): {shown}") from error
 
 
 def end_of_turn(tokenizer):

@@ -59,8 +59,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (InputError, Rollouts, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template, flag,
-                  generate, load_model, load_problems, parse_flags, plot_runs, softcap, verify)
+from eval import (InputError, Rollouts, chat_text, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template,
+                  flag, generate, load_model, load_problems, parse_flags, plot_runs, softcap, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -79,12 +79,12 @@ class Config:
     dataset_train_split: str = flag("train", "split to train on")
     dataset_test_split: str = flag("validation", "split to evaluate on")
     eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
-    n_train: int = flag(20000, "problems to train on; 0: all (an endless set such as `chain` needs a number)")
+    n_train: int = flag(20000, "problems to train on, 0: all (`chain`: 10,000)")
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "difficulty levels to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
-    domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
+    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
     resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
@@ -338,9 +338,9 @@ def turn(tokenizer, prompt, text):
 
 def leading_space(tokenizer, messages, answer):
     """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
-    before = whole.rpartition(answer)[0]
+    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = whole.rpartition(answer)[0] if answer else ""
     between = before[len(prompt) :] if before.startswith(prompt) else ""
     return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
@@ -474,7 +474,7 @@ def shard(policy, config):
     """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
     if config.fsdp:
         precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
-        for layer in policy.model.base_model.layers:
+        for layer in getattr(policy.model.base_model, "layers", ()):
             fully_shard(layer, mp_policy=precision)
         fully_shard(policy, mp_policy=precision)
     return policy
@@ -489,8 +489,10 @@ def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
     if not config.fsdp and world.device.type == "cpu":
         return model
-    precision = torch.bfloat16 if config.bf16 else torch.float32
-    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
+    decoder = copy.deepcopy(model).requires_grad_(False)
+    for weight in decoder.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained has them
+        weight.data = weight.data.to(torch.bfloat16 if config.bf16 else torch.float32)
+    return decoder.to(world.device)
 
 
 @torch.no_grad()
@@ -522,7 +524,7 @@ def make_optimizer(policy, config):
 
 def warm_up(config):
     """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
-    return config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
+    return int(config.warmup_steps) if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
 
 
 def scheduled_rate(step, config):
@@ -556,11 +558,12 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
-    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    rate = scheduled_rate(step, config)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm, "learning_rate": rate}
     taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
     if taken:
         for group in optimizer.param_groups:
-            group["lr"] = scheduled_rate(step, config)
+            group["lr"] = rate
         optimizer.step()
     optimizer.zero_grad()
     return numbers, taken
@@ -598,10 +601,8 @@ def sha256(path):
 def sync(path):
     """Has the system write a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def fault_of(checkpoint):
@@ -683,7 +684,7 @@ def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, ten
                 sync(path)
             write_json(aside / "manifest.json",
                        {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
-            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a course that was given up
             os.rename(aside, final)
             sync(final.parent)
             older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
@@ -734,6 +735,8 @@ def open_run(config, args):
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
+    if chosen and chosen.resolve().parent != run.resolve() / "checkpoints":
+        raise InputError(f"--resume_from_checkpoint {chosen}: is no checkpoint of --output_dir {run}")
     if not (run / "args.json").is_file():
         raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
     try:
@@ -757,7 +760,7 @@ def open_run(config, args):
 
 def run_args(config, world):
     """What args.json says: every flag, and all else one needs to repeat the run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
     return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -794,18 +797,22 @@ def begin_run(config, world, resume, args, model, data):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; another, 2 s later, ends at once.
+
+    Within 2 s it is the same one: torchrun passes on to its processes what a terminal or a scheduler sends to all.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.number:
+        if self.number and time.monotonic() - self.since > 2:
             os._exit(128 + number)
-        self.number = number
-        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
 
     def agreed(self, world):
         """The signal any process has received, the same on all of them; 0 for none."""
@@ -843,7 +850,8 @@ class Log:
             return
         line, speed = {"step": step, **numbers}, ""
         if seconds:
-            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+            memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
             line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
                      "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
@@ -871,11 +879,6 @@ class Log:
         columns = list(dict.fromkeys(name for row in rows for name in row))
         data = [[str(row.get(name, "")) for name in columns] for row in rows]  # a column of a table has one type
         return {"samples": self.table(columns=columns, data=data)} if rows else {}
-
-
-def peak_rss():
-    """The most memory this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def end_run(run, policy, tokenizer, world):
@@ -2130,7 +2133,7 @@ def main(config):
         if taken:
             move_anchor(reference, policy, step, config)
         note_step(run, state, taken, state["picked"], config, world)
-        numbers = {**state["about"], **numbers, "learning_rate": scheduled_rate(step, config)}
+        numbers = {**state["about"], **numbers}
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)

@@ -55,8 +55,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from eval import (InputError, encode_prompt, end_of_turn, evaluate, fill_template, flag, generate, load_model,
-                  load_problems, parse_flags, plot_runs, read_rows, softcap, verify)
+from eval import (InputError, chat_text, encode_prompt, end_of_turn, evaluate, fill_template, flag, generate,
+                  load_model, load_problems, parse_flags, plot_runs, read_rows, softcap, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -74,12 +74,12 @@ class Config:
     dataset_train_split: str = flag("train", "split to train on")
     dataset_test_split: str = flag("validation", "split to evaluate on")
     eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
-    n_train: int = flag(20000, "problems to train on; 0: all (an endless set such as `chain` needs a number)")
+    n_train: int = flag(20000, "problems to train on, of texts the first so many; 0: all (`chain`: 10,000)")
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "difficulty levels to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
-    domains: str = flag("", "kinds of problem to keep, such as add,mul, where the data has them; empty: all")
+    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
     output_dir: str = flag("runs/sft", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
@@ -172,7 +172,8 @@ def stablemax_rows(hidden_BD, weight_VD, targets_B, cap):
 
     s(z) = exp(u) with u = sign(z) log(1 + |z|), so this is a log-softmax of u. Source: 2501.04697, StableMax.
     """
-    z_BV = (hidden_BD @ weight_VD.T).double()
+    with torch.autocast(hidden_BD.device.type, enabled=False):
+        z_BV = (hidden_BD.float() @ weight_VD.float().T).double()
     z_BV = z_BV if cap is None else cap * torch.tanh(z_BV / cap)
     u_BV = torch.where(z_BV >= 0, z_BV.clamp(min=0).log1p(), -(-z_BV).clamp(min=0).log1p())  # slope 1 at 0, too
     return u_BV.log_softmax(-1).gather(1, targets_B[:, None])[:, 0].float()
@@ -233,9 +234,9 @@ def turn(tokenizer, prompt, text):
 
 def leading_space(tokenizer, messages, answer):
     """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
-    before = whole.rpartition(answer)[0]
+    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = whole.rpartition(answer)[0] if answer else ""
     between = before[len(prompt) :] if before.startswith(prompt) else ""
     return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
@@ -248,7 +249,7 @@ def chat_examples(tokenizer, messages):
     """
     examples = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if i == 0 or message["role"] != "assistant":  # a greeting that answers nothing is context
             continue
         prompt, answer = turn(tokenizer, messages[:i], message["content"])
         if examples and prompt[: len(examples[-1].ids)] == examples[-1].ids:
@@ -309,7 +310,8 @@ def load_rows(config):
     if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
         rows = read_rows(name, split)
         if any(key in rows[0] for key in ("messages", "completion", "text")):
-            return rows[: config.n_train or None]
+            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt") else row
+                    for row in rows[: config.n_train or None]]
     problems = load_train_problems(config, error_rate=config.error_rate)
     return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
             for problem in problems]
@@ -341,14 +343,16 @@ def step_numbers(example, ends):
 def with_budget(row, share, separator, where):
     """The row with its solution cut to about a share of its steps, and the share in front of its prompt: [50%].
 
-    Of every 1 / share steps the last is kept, so each kept step rests on work that is no longer written down.
+    Of every 1 / share steps the last is kept (3/4: the last and two of the three before it), so a kept step may rest on
+    work that is no longer written down.
     >>> with_budget({"prompt": "9-1-2-3=", "completion": "9-1=8;8-2=6;6-3=3#3"}, 0.5, ";", "row 1")
     {'prompt': '[50%]9-1-2-3=', 'completion': '9-1=8;6-3=3#3'}
     """
-    if not isinstance(row.get("completion"), str):
-        raise InputError(f"--thought_budgets: {where} has no completion that is a text")
+    if not isinstance(row.get("completion"), str) or not row.get("prompt"):
+        raise InputError(f"--thought_budgets: {where} has no prompt, or no completion that is a text")
     steps = row["completion"].split(separator)
-    kept = [step for i, step in enumerate(steps) if (len(steps) - 1 - i) % round(1 / share) == 0]
+    passed = [math.ceil((len(steps) - i) * share - 1e-9) for i in range(len(steps) + 1)]  # counted from the end
+    kept = [step for step, here, before in zip(steps, passed, passed[1:]) if here > before]
     return {**row, "prompt": fill_template(f"[{100 * share:g}%]{{prompt}}", row["prompt"]),
             "completion": separator.join(kept)}
 
@@ -361,7 +365,14 @@ def load_replay(config):
     if not path.is_file():
         return load_rows(replace(config, dataset_name=config.replay_from, select="all", levels="", domains=""))
     flags, known = json.loads(path.read_text())["flags"], {f.name for f in fields(Config)}
-    return load_rows(replace(Config(**{name: flags[name] for name in known & set(flags)}), select="all"))
+    before = Config(**{name: flags[name] for name in known & set(flags)})
+    rows = load_training_rows(before)
+    if before.select == "all":
+        return rows
+    saved = newest_checkpoint(path.parent)
+    if saved is None:
+        raise InputError(f"--replay_from {path.parent}: has no checkpoint that says what --select took")
+    return [rows[i] for i in json.loads((saved / "state.json").read_text())["selected"]]
 
 
 def pass_rates(decoder, tokenizer, prompts, answers, seed, config, world):
@@ -405,8 +416,8 @@ def choose_rows(rows, model, tokenizer, resume, config, world):
 def need_answers(rows, flag, config):
     """Raises InputError unless every row has a prompt and an answer to check samples against."""
     for i, row in enumerate(rows):
-        if "prompt" not in row or not isinstance(row.get("answer"), str):
-            raise InputError(f"{flag}: --dataset_name {config.dataset_name}: row {i + 1} has no prompt and answer")
+        if "prompt" not in row or "messages" in row or "text" in row or not isinstance(row.get("answer"), str):
+            raise InputError(f"{flag}: --dataset_name {config.dataset_name}: row {i + 1} is no prompt with an answer")
 
 
 def annotator(rows, examples, tokenizer, config, world):
@@ -416,9 +427,9 @@ def annotator(rows, examples, tokenizer, config, world):
     if config.loss_type == "entropy":
         return lambda chosen, *_: [[max(1, int(config.entropy_keep * sum(e.trained[1:]) + 1e-9))] for e in chosen]
     if config.loss_type != "dco_a":
-        ends = {i for i in range(len(tokenizer)) if config.step_separator in tokenizer.decode([i])}
-        ends = ends if config.loss_type == "dco_step" else ()
-        if ends != () and not any(step_numbers(example, ends)[-1] for example in examples):
+        by_step = config.loss_type == "dco_step"
+        ends = {i for i in range(len(tokenizer)) if by_step and config.step_separator in tokenizer.decode([i])}
+        if by_step and not any(step_numbers(example, ends)[-1] for example in examples):
             raise InputError(f"--step_separator {config.step_separator!r}: ends no step: no token of a solution has it")
         return lambda chosen, *_: [step_numbers(example, ends) for example in chosen]
     need_answers(rows, "--loss_type dco_a", config)
@@ -593,7 +604,7 @@ def shard(policy, config):
     """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
     if config.fsdp:
         precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
-        for layer in policy.model.base_model.layers:
+        for layer in getattr(policy.model.base_model, "layers", ()):
             fully_shard(layer, mp_policy=precision)
         fully_shard(policy, mp_policy=precision)
     return policy
@@ -608,8 +619,10 @@ def make_decoder(model, config, world):
     """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
     if not config.fsdp and world.device.type == "cpu":
         return model
-    precision = torch.bfloat16 if config.bf16 else torch.float32
-    return copy.deepcopy(model).to(world.device, precision).requires_grad_(False)
+    decoder = copy.deepcopy(model).requires_grad_(False)
+    for weight in decoder.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained has them
+        weight.data = weight.data.to(torch.bfloat16 if config.bf16 else torch.float32)
+    return decoder.to(world.device)
 
 
 @torch.no_grad()
@@ -641,7 +654,7 @@ def make_optimizer(policy, config):
 
 def warm_up(config):
     """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
-    return config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
+    return int(config.warmup_steps) if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
 
 
 def scheduled_rate(step, config):
@@ -808,11 +821,12 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
-    numbers = {**dict(zip(sums, values)), "grad_norm": norm}
+    rate = scheduled_rate(step, config)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm, "learning_rate": rate}
     taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
     if taken:
         for group in optimizer.param_groups:
-            group["lr"] = scheduled_rate(step, config)
+            group["lr"] = rate
         optimizer.step()
     optimizer.zero_grad()
     return numbers, taken
@@ -850,10 +864,8 @@ def sha256(path):
 def sync(path):
     """Has the system write a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def fault_of(checkpoint):
@@ -935,7 +947,7 @@ def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, ten
                 sync(path)
             write_json(aside / "manifest.json",
                        {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
-            shutil.rmtree(final, ignore_errors=True)  # only a damaged one can stand here
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a course that was given up
             os.rename(aside, final)
             sync(final.parent)
             older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
@@ -986,6 +998,8 @@ def open_run(config, args):
         if chosen:
             raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
         return None, False
+    if chosen and chosen.resolve().parent != run.resolve() / "checkpoints":
+        raise InputError(f"--resume_from_checkpoint {chosen}: is no checkpoint of --output_dir {run}")
     if not (run / "args.json").is_file():
         raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
     try:
@@ -1009,7 +1023,7 @@ def open_run(config, args):
 
 def run_args(config, world):
     """What args.json says: every flag, and all else one needs to repeat the run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
     return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -1046,18 +1060,22 @@ def begin_run(config, world, resume, args, model, data):
 
 
 class StopSignal:
-    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; a second one ends at once."""
+    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; another, 2 s later, ends at once.
+
+    Within 2 s it is the same one: torchrun passes on to its processes what a terminal or a scheduler sends to all.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.number:
+        if self.number and time.monotonic() - self.since > 2:
             os._exit(128 + number)
-        self.number = number
-        print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
 
     def agreed(self, world):
         """The signal any process has received, the same on all of them; 0 for none."""
@@ -1095,7 +1113,8 @@ class Log:
             return
         line, speed = {"step": step, **numbers}, ""
         if seconds:
-            memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
+            memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
             line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
                      "time/peak_memory_gb": memory / 2**30}
             self.steps_done, now = self.steps_done + 1, time.perf_counter()
@@ -1123,11 +1142,6 @@ class Log:
         columns = list(dict.fromkeys(name for row in rows for name in row))
         data = [[str(row.get(name, "")) for name in columns] for row in rows]  # a column of a table has one type
         return {"samples": self.table(columns=columns, data=data)} if rows else {}
-
-
-def peak_rss():
-    """The most memory this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def end_run(run, policy, tokenizer, world):
@@ -1281,7 +1295,7 @@ def check_config(config):
                "select": ("all", "hard", "uniform", "easy"), "lora_init": ("gaussian", "pissa", "lora_sb"),
                "rewarm": ("off", "keep", "half", "full")}
     check_values(config, choices, {"max_length": 2, "dco_n": 1, "num_generations": 1, "select_pool": 0, "lora_rank": 0,
-                                   "entropy_discount": 0})
+                                   "entropy_discount": 0, "num_train_epochs": 0})
     for name, shares in {"entropy_keep": [config.entropy_keep], "thought_budgets": config.thought_budgets}.items():
         if not all(0 < share <= 1 for share in shares):
             raise InputError(f"--{name} {' '.join(map(str, shares))}: must be above 0 and at most 1")
@@ -1368,14 +1382,14 @@ def main(config):
             return batch_loss(policy, batch, notes, n_tokens, config)
 
         rate = scheduled_rate(step, config) if config.rewarm == "off" else rewarmed_rate(step, config)
-        at_rate = replace(config, learning_rate=rate, lr_scheduler_type="constant", warmup_steps=0)
+        at_rate = replace(config, learning_rate=rate, lr_scheduler_type="constant", warmup_steps=0)  # just this rate
         numbers, taken = train_step(policy, optimizer, [collate(chosen, part, world.device) for part in parts], loss_of,
                                     step, at_rate, world)
         note_step(run, state, taken, indices, config, world)
         if "dco/factor" in numbers:
             warn_of_idle_factor(state, numbers["dco/factor"], config, world)
         state["num_tokens"] += n_tokens
-        numbers.update(learning_rate=rate, num_tokens=state["num_tokens"])
+        numbers["num_tokens"] = state["num_tokens"]
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if problems and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, problems, config, world)

@@ -594,7 +594,7 @@ def test_a_run_stopped_at_every_step_of_both_phases_ends_bit_equal(tiny_model, t
 
 def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "verify", lambda text, answer: False)
-    with pytest.raises(dpo.RunError, match="^step 1: of 6 prompts none gave a pair: nowhere"):
+    with pytest.raises(dpo.RunError, match="^step 1: of 6 prompts none gave a pair: no right one and a wrong one"):
         dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"),
                                      round_prompts=6, max_completion_length=8)))
 
@@ -646,6 +646,7 @@ def test_label_smoothing_half_teaches_nothing(tiny_model, tmp_path):
     (dict(pairs="offline", dataset_name="nowhere.jsonl"), "nowhere.jsonl"), (dict(max_length=1), "--max_length 1"),
     (dict(pairs="offline", error_rate=0.0), "--dataset_name chain"),
     (dict(pairs="offline", budget=1000), "--budget 1000"),
+    (dict(easy_to_hard=0.5, resample_steps=0), "--easy_to_hard"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tiny_model, tmp_path, flags, named):
     with pytest.raises(InputError) as caught:

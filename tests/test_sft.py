@@ -93,6 +93,30 @@ def test_chat_prompt_and_completion_train_the_completion_alone():
     assert spans(tokenizer, example) == ["<think>hm</think>4<|im_end|>"]
 
 
+def test_an_empty_answer_trains_the_end_of_the_turn():
+    """Also under a chat template; a greeting that answers nothing is read and not trained."""
+    tokenizer = chat_tokenizer("chatml")
+    (example,) = row_examples(tokenizer, {"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": ""}]}, "row")
+    assert spans(tokenizer, example) == ["<|im_end|>"]
+    (example,) = row_examples(tokenizer, {"messages": [{"role": "assistant", "content": "Hello!"}, *CHAT[:2]]}, "row")
+    assert spans(tokenizer, example) == [CHAT[1]["content"] + "<|im_end|>"]
+    assert "Hello!" in tokenizer.decode(example.ids)
+
+
+def test_a_conversation_that_the_template_refuses_is_quoted():
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(InputError, match="no system role here.*user: '1.1='"):
+        row_examples(tokenizer, {"messages": CHAT}, "row")
+
+
+def test_the_prompt_template_stands_around_the_prompts_of_texts(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "1+1", "completion": "2"}\n{"prompt": "1+2", "completion": "3"}\n')
+    rows = sft.load_rows(Config(dataset_name=str(path), prompt_template="{prompt}=", n_train=1))
+    assert rows == [{"prompt": "1+1=", "completion": "2"}]
+
+
 @pytest.mark.parametrize("row", [{"messages": CHAT[:1]}, {"question": "1"}, {"prompt": "1"}])
 def test_a_row_without_a_trained_token_is_named(row):
     with pytest.raises(InputError, match="row 7"):
@@ -155,6 +179,18 @@ def test_gradient_checkpointing_changes_nothing(tiny):
     for asked in (True, False):
         policy = sft.distribute(sft.Policy(copy.deepcopy(tiny[0])), Config(gradient_checkpointing=asked), ALONE)
         assert policy.model.is_gradient_checkpointing == asked and policy.training
+
+
+def test_a_decoder_of_its_own_keeps_rotary_frequencies_in_float32(tiny):
+    decoder = sft.make_decoder(tiny[0], Config(fsdp=True, bf16=True), ALONE)
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in decoder.parameters())
+    assert {b.dtype for b in decoder.buffers()} == {torch.float32} and decoder is not tiny[0]
+    assert {p.dtype for p in tiny[0].parameters()} == {torch.float32}
+
+
+def test_a_run_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert sft.run_args(Config(), ALONE)["git_commit"] is None
 
 
 def test_one_process_speaks_for_all(monkeypatch, capsys):
@@ -276,7 +312,7 @@ def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
     (dict(max_steps=0), "--max_steps 0"),
     (dict(lr_scheduler_type="up"), "--lr_scheduler_type up"),
     (dict(learning_rate=float("nan")), "--learning_rate nan"), (dict(learning_rate=float("inf")), "--learning_rate inf"),
-    (dict(max_length=1), "--max_length 1"),
+    (dict(max_length=1), "--max_length 1"), (dict(num_train_epochs=-1), "--num_train_epochs -1"),
     (dict(levels="0-99"), "--levels"),
     (dict(report_to="fax"), "--report_to fax"),
     (dict(prompt_template="no place"), "--prompt_template"),

@@ -362,7 +362,8 @@ def test_a_run_trains_on_the_selected_problems_and_says_how_often_they_were_solv
     assert seen["pool"] == 60 and len(firsts) == 10 and min(firsts) >= 6 and "of 60 problems" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("share, solution", [(1.0, "a;b;c;d;e#9"), (0.5, "a;c;e#9"), (0.25, "a;e#9"), (0.1, "e#9")])
+@pytest.mark.parametrize("share, solution", [(1.0, "a;b;c;d;e#9"), (0.5, "a;c;e#9"), (0.25, "a;e#9"), (0.1, "e#9"),
+                                             (0.8, "b;c;d;e#9"), (0.6, "b;d;e#9"), (0.4, "c;e#9")])
 def test_a_budget_keeps_a_share_of_the_steps_and_the_answer(share, solution):
     row = sft.with_budget({"prompt": "x=", "completion": "a;b;c;d;e#9"}, share, ";", "row")
     assert row == {"prompt": f"[{100 * share:g}%]x=", "completion": solution}
@@ -409,6 +410,18 @@ def test_a_run_goes_by_the_rewarmed_rate_and_replays_its_share(tmp_path, monkeyp
     assert moved == [line["learning_rate"] for line in lines] == [sft.rewarmed_rate(step, new) for step in range(4)]
     assert len(texts) == 32 and sum("*" in text for text in texts) == 8  # 2 of each step's 8 rows
     assert all(sum("*" in text for text in texts[i : i + 8]) == 2 for i in range(0, 32, 8))
+
+
+def test_a_replay_holds_the_rows_that_a_selection_took(tmp_path):
+    old = Config(output_dir=str(tmp_path / "old"), levels="2-3", select="easy", n_train=5, select_pool=20, max_steps=1,
+                 eval_steps=0, per_device_train_batch_size=4, num_generations=2, max_completion_length=4,
+                 thought_budgets=[0.5])
+    sft.main(old)
+    state = json.loads((tmp_path / "old" / "checkpoints" / "step_1" / "state.json").read_text())
+    pool = sft.load_training_rows(old)
+    found = sft.load_replay(Config(replay_from=str(tmp_path / "old"), replay_share=0.5))
+    assert found == [pool[i] for i in state["selected"]] and len(found) == 5 and len(pool) == 20
+    assert all(row["prompt"].startswith("[50%]") for row in found)
 
 
 # --- whole runs ---

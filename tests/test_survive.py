@@ -130,7 +130,9 @@ def test_a_chosen_checkpoint_is_continued(flags, whole, tmp_path):
     assert len(numbers_of(tmp_path / "run")) == 1 + 3
     assert run("sft", {**mine, "resume_from_checkpoint": older})[0] == [0]
     assert_same(tmp_path / "run", whole("sft"))
-    for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to")):
+    shutil.copytree(tmp_path / "run", tmp_path / "another")
+    for changes, words in (({"overwrite": True}, "--overwrite"), ({"output_dir": tmp_path / "new"}, "no run to"),
+                           ({"output_dir": tmp_path / "another"}, "is no checkpoint of --output_dir")):
         codes, text = run("sft", {**mine, "resume_from_checkpoint": newest(tmp_path / "run"), **changes})
         assert codes == [2]
         refused(text, "sft", "--resume_from_checkpoint", words)
@@ -401,6 +403,8 @@ def test_a_second_signal_ends_at_once(flags, tmp_path):
     wait_for(job, "hanging")
     os.kill(job.processes[0].pid, TERM)
     wait_for(job, "stopping after this step")
+    os.kill(job.processes[0].pid, TERM)  # within 2 s it is the same signal, passed on by torchrun
+    time.sleep(2.5)
     assert job.processes[0].is_alive()
     os.kill(job.processes[0].pid, TERM)
     assert job.wait(timeout=20) == [143]
