@@ -1271,7 +1271,8 @@ class Yoked(Uniform):
         path = Path(config.sampler.partition(":")[2]) / "metrics.jsonl"
         if not path.is_file():
             raise InputError(f"--sampler {config.sampler}: {path} is not there")
-        self.replayed = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.replayed = [line for line in lines if line["step"]]  # step 0 is an evaluation
         columns = {name for line in self.replayed for name in line if name.startswith("sampler/rollouts/")}
         mine = {f"sampler/rollouts/{name}" for name in self.names}
         if columns != mine or len(self.replayed) < config.max_steps:

@@ -753,10 +753,11 @@ def test_a_combination_on_two_processes_equals_one(tmp_path, tiny_model, name):
 
 
 def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):
-    mine = flags_of(cold_start, n_train=30)
+    mine = flags_of(cold_start, n_train=30) | {"eval_steps": 2, "n_eval": 2}
     grpo.main(Config(**mine, sampler="sec", output_dir=str(tmp_path / "sec"), seed=1))
     grpo.main(Config(**mine, sampler=f"yoked:{tmp_path / 'sec'}", output_dir=str(tmp_path / "yoked"), seed=2))
     runs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("sec", "yoked")]
+    assert runs[0][0]["step"] == 0 and "eval/accuracy" in runs[0][0]  # not a step to replay
     for a, b in zip(*runs, strict=True):
         assert {k: v for k, v in a.items() if k.startswith("sampler/rollouts")} == {
             k: v for k, v in b.items() if k.startswith("sampler/rollouts")}
@@ -764,7 +765,7 @@ def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):
 
 @pytest.mark.parametrize("rows, arms", [(4, [1]), (8, [1, 1]), (16, [0, 1, 1, 1]), (64, [0] * 5 + [1] * 11)])
 def test_a_yoked_run_of_another_size_replays_the_shares(tmp_path, rows, arms):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"sampler/rollouts/a": 1, "sampler/rollouts/b": 2}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "sampler/rollouts/a": 1, "sampler/rollouts/b": 2}) + "\n")
     sampler = grpo.Yoked(["a", "b"], config(sampler=f"yoked:{tmp_path}", max_steps=1))
     picks = sampler.pick(grpo.pace_of(0, sampler.config), rows)
     assert [i for i, _ in picks] == arms and sum(n for _, n in picks) == rows
