@@ -135,7 +135,7 @@ class Config:
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
     trace_temperature: float = flag(0.3, "of the teacher's texts for the student: rlt, completions teacher")
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once, or those of one prompt; memory and speed only")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
     micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
@@ -188,15 +188,13 @@ def implausibility(teacher_logps_BS, logps_BS, thought_BS, alpha):
 def group_advantages(rewards_PG, scale):
     """How far each completion scored above its group's mean, divided by a standard deviation: [P, G].
 
-    scale: `group` (GRPO; unbiased std as in TRL and verl), `batch` (std of all rewards), `none` (Dr. GRPO). Groups
-    that scored alike get exactly 0, whatever float noise their mean has.
+    scale: `group` (GRPO; unbiased std as in TRL and verl), `none` (Dr. GRPO). Groups that scored alike get exactly 0,
+    whatever float noise their mean has.
     Source: DeepSeekMath 2402.03300 section 4.1.2; Dr. GRPO 2503.20783 section 3.
     """
     centered_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     centered_PG = centered_PG.masked_fill(silent_groups(rewards_PG)[:, None], 0.0)
-    if scale == "none":
-        return centered_PG
-    return centered_PG / ((rewards_PG.std(1, keepdim=True) if scale == "group" else rewards_PG.std()) + 1e-4)
+    return centered_PG if scale == "none" else centered_PG / (rewards_PG.std(1, keepdim=True) + 1e-4)
 
 
 def silent_groups(rewards_PG):

@@ -7,11 +7,12 @@ For each prompt, G completions are sampled and checked; a completion is worth wh
     r = p(token) / p_old(token), p_old at the time of sampling
 
 `--loss_type` chooses what the token's weight is and what takes the place of the clipped ratio; all weights divide by
-counts of the whole optimizer step, over all processes. The value of this loss means nothing (about 0 by
-construction): look at reward, entropy and clip_ratio. Against TRL's GRPOTrainer: a prompt is prefilled once for its
+counts of the whole optimizer step, over all processes. The value of this loss means nothing (on fresh
+rollouts it is about 0 but for what KL, entropy, imitation and cispo's log p add): look at reward, entropy and
+clip_ratio. Against TRL's GRPOTrainer: a prompt is prefilled once for its
 group, finished rows leave the batch, rows are sorted by length instead of padded to the longest of the step, groups
 whose completions all scored alike are not computed at all (their gradient is exactly zero) yet stay in the
-denominator, and the reference of --beta is the model given, not one reloaded by name.
+denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
 
 Curricula are classes under "samplers", hints and subgoals functions under "scaffolds"; what depends on the step alone
 (budgets, stages, annealing) is in `pace_of`. README.md lists every method with its flag.
@@ -28,8 +29,6 @@ S = T - 1 predicting positions · N trained tokens.
 import contextlib
 import copy
 import hashlib
-import heapq
-import itertools
 import json
 import math
 import os
@@ -92,7 +91,7 @@ class Config:
     max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out")
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once, or those of one prompt; memory and speed only")
     stages: list[str] = flag([], "limit x G of equal parts of the run, such as 64x16 128x8 256x4; none: one stage")
     sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
     arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain")
@@ -125,7 +124,7 @@ class Config:
     scale_rewards: str = flag("auto", "divide advantages by the std of: group, batch, none; auto: none for dr_grpo")
     baseline: str = flag("mean", "what a reward is compared with: mean of its group, or leave_one_out of the others")
     beta: float = flag(0.0, "weight of the KL divergence to the model given")
-    kl_in_reward: bool = flag(False, "the KL lowers a completion's advantage (T1) instead of being differentiated")
+    kl_in_reward: bool = flag(False, "the KL, undivided, lowers a completion's advantage (T1; with scale_rewards none)")
     ref_model_mixup_alpha: float = flag(0.0, "share of the policy mixed into the reference of --beta; 0: it is fixed")
     ref_model_sync_steps: int = flag(1, "mix it in every so many steps")
     entropy_coef: float = flag(0.0, "weight of an entropy bonus, per token")
@@ -169,15 +168,13 @@ class Config:
 def group_advantages(rewards_PG, scale):
     """How far each completion scored above its group's mean, divided by a standard deviation: [P, G].
 
-    scale: `group` (GRPO; unbiased std as in TRL and verl), `batch` (std of all rewards), `none` (Dr. GRPO). Groups
-    that scored alike get exactly 0, whatever float noise their mean has.
+    scale: `group` (GRPO; unbiased std as in TRL and verl), `none` (Dr. GRPO). Groups that scored alike get exactly 0,
+    whatever float noise their mean has.
     Source: DeepSeekMath 2402.03300 section 4.1.2; Dr. GRPO 2503.20783 section 3.
     """
     centered_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     centered_PG = centered_PG.masked_fill(silent_groups(rewards_PG)[:, None], 0.0)
-    if scale == "none":
-        return centered_PG
-    return centered_PG / ((rewards_PG.std(1, keepdim=True) if scale == "group" else rewards_PG.std()) + 1e-4)
+    return centered_PG if scale == "none" else centered_PG / (rewards_PG.std(1, keepdim=True) + 1e-4)
 
 
 def silent_groups(rewards_PG):
@@ -216,7 +213,7 @@ def row_weights(loss_type, lengths_R, max_completion_length):
 
     lengths_R are the trained tokens of every row of the step, rows without signal included; 0 for masked rows.
     grpo, gspo: mean over rows of the mean over tokens. dapo, cispo: mean over all tokens. dr_grpo: sum over tokens /
-    (rows * the limit), the limit being a constant: longer wrong answers are not cheaper.
+    (rows * the limit of the stage), which is a constant: longer wrong answers are not cheaper.
     Source: DeepSeekMath 2402.03300 eq. 3; DAPO 2503.14476 eq. 8; Dr. GRPO 2503.20783 section 3.
     """
     if loss_type in ("grpo", "gspo"):
@@ -226,12 +223,16 @@ def row_weights(loss_type, lengths_R, max_completion_length):
 
 
 def policy_gain(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
-    """What --loss_type maximises, per token: [B, S]."""
+    """What --loss_type maximises, and whether the clip took the gradient (cispo: cut it), per token: two [B, S]."""
     if config.loss_type == "cispo":
-        return cispo_gain(logps_BS, old_logps_BS, advantages_B, config.cispo_max_weight)
+        cut_BS = (logps_BS - old_logps_BS).exp() > config.cispo_max_weight
+        return cispo_gain(logps_BS, old_logps_BS, advantages_B, config.cispo_max_weight), cut_BS
     if config.loss_type == "gspo":
         logps_BS = sequence_logps(logps_BS, old_logps_BS, mask_BS)
-    return clipped_gain(logps_BS, old_logps_BS, advantages_B, config.epsilon, config.epsilon_high)
+    ratio_BS, advantages_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None]
+    cut_BS = torch.where(advantages_B1 > 0, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
+    gain_BS = clipped_gain(logps_BS, old_logps_BS, advantages_B, config.epsilon, config.epsilon_high)
+    return gain_BS, cut_BS & (advantages_B1 != 0)
 
 
 def kl_k3(logps_BS, reference_logps_BS):
@@ -266,17 +267,6 @@ def teacher_penalty(logps_BS, teacher_logps_BS, direction):
         return nn.functional.huber_loss(logps_BS, teacher_logps_BS, reduction="none", delta=10.0)
     log_ratio_BS = (teacher_logps_BS - logps_BS).clamp(max=10)
     return log_ratio_BS.expm1() - log_ratio_BS
-
-
-def clip_share(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
-    """Tokens whose gradient the clip removed (for cispo: cut), counted: scalar."""
-    if config.loss_type == "gspo":
-        logps_BS = sequence_logps(logps_BS, old_logps_BS, mask_BS)
-    ratio_BS, advantages_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None]
-    if config.loss_type == "cispo":
-        return ((ratio_BS > config.cispo_max_weight) & mask_BS).sum()
-    outside_BS = torch.where(advantages_B1 > 0, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
-    return (outside_BS & mask_BS & (advantages_B1 != 0)).sum()
 
 
 # --- data ---
@@ -1025,7 +1015,7 @@ class Uniform:
     a step samples. `state` is all that was learned, as JSON: checkpoints hold it.
     """
 
-    rounds = 1
+    rounds = 10  # most fill the step in the first
 
     def __init__(self, arms_N, config):
         self.config, self.names = config, sorted(set(arms_N), key=in_numbers)
@@ -1058,10 +1048,6 @@ class Uniform:
 
     def update(self, groups):
         pass
-
-    def measures(self):
-        """Is what was picked last only there to measure problems, not to train on?"""
-        return False
 
     def keep(self, group):
         return True
@@ -1185,8 +1171,6 @@ class ADCL(Uniform):
     the model that the run began with; after the last chunk it starts over. Source: 2505.08364 section 3.1.
     """
 
-    rounds = 10
-
     def __init__(self, arms_N, config):
         super().__init__(arms_N, config)
         self.state |= {"chunks": [], "turn": 0, "left": [], "measuring": []}
@@ -1214,11 +1198,8 @@ class ADCL(Uniform):
             state["chunks"] = [part.tolist() for part in parts]
             state["left"] = state["chunks"][0]
 
-    def measures(self):
-        return bool(self.state["measuring"])
-
     def keep(self, group):
-        return not self.measures()
+        return not self.state["measuring"]
 
 
 class Knapsack(Uniform):
@@ -1327,7 +1308,7 @@ def knapsack_allocation(rates_P, total, usual, low, high):
     The worth of n completions at success rate p is (1 - p^n - (1-p)^n) p (1-p)^2, the chance of a gradient times what
     it gains. It is concave in n, so giving out one completion after another where it adds most is exactly optimal.
     Every prompt gets `low`, one of unknown rate (None) `usual`, a mixed one at most `high`. What the mixed ones do not
-    need for a group that is mixed with chance 0.9 goes to prompts never answered right, else to all (beyond `high`).
+    need for a group that is mixed with chance about 0.9 goes to prompts never answered right, else to all (beyond `high`).
     Source: Knapsack RL 2509.25849 section 3; the order and the constants are its code's.
     """
     counts = [usual if rate is None else low for rate in rates_P]
@@ -1335,13 +1316,9 @@ def knapsack_allocation(rates_P, total, usual, low, high):
     enough = [min(high, math.ceil(math.log(0.1) / math.log(max(rates_P[i], 1 - rates_P[i])))) for i in mixed]
     left = total - sum(counts)
     spare = max(0, left - sum(max(0, n - low) for n in enough))
-    heap = [(-added_worth(low, rates_P[i]), i) for i in mixed if low < high]
-    heapq.heapify(heap)
-    while left > spare and heap:
-        _, i = heapq.heappop(heap)
-        counts[i], left = counts[i] + 1, left - 1
-        if counts[i] < high:
-            heapq.heappush(heap, (-added_worth(counts[i], rates_P[i]), i))
+    while left > spare and (open_ := [i for i in mixed if counts[i] < high]):
+        best = max(open_, key=lambda i: added_worth(counts[i], rates_P[i]))  # of equals the first
+        counts[best], left = counts[best] + 1, left - 1
     rest = [i for i, rate in enumerate(rates_P) if rate == 0] or range(len(rates_P))
     for place in range(max(0, left)):
         counts[rest[place % len(rest)]] += 1
@@ -1366,6 +1343,17 @@ def make_sampler(problems, config):
         raise InputError(f"--arm {config.arm}: all problems of --dataset_name {config.dataset_name} are alike in it, "
                          f"so --sampler {config.sampler} has nothing to choose")
     return SAMPLERS[kind](arms, config)
+
+
+def warn_of_short_run(config, n_problems, n_rows):
+    """Says where --max_steps are too few for the sampler to do what its name says."""
+    rollouts = n_rows * math.ceil(config.max_steps / config.num_iterations)
+    if config.sampler == "knapsack" and rollouts // config.num_generations <= n_problems:
+        say(f"--sampler knapsack: no problem comes twice in this run, so it samples as uniform does; a smaller --n_train "
+            f"than {n_problems} is meant")
+    if config.sampler == "adcl" and (measured := config.adcl_samples * n_problems) > rollouts:
+        say(f"--sampler adcl: measuring alone takes {measured} completions, training {rollouts}; a smaller --n_train "
+            f"than {n_problems} is meant")
 
 
 # --- scaffolds ---
@@ -1426,12 +1414,12 @@ def add_hints(groups, actor, problems, pace, config):
         if group.success() == 0:
             problem = problems[group.problem]
             helped = [with_help(problem, text, config) for text in help_of(problem, config)]
-            asked.append((group, [part for part in helped if actor.fits(part)]))
+            asked.append((group, [(level, part) for level, part in enumerate(helped, 1) if actor.fits(part)]))
             too_long += len(helped) - len(asked[-1][1])
-    for level in range(max((len(helped) for _, helped in asked), default=0)):
-        stuck = [(group, helped[level]) for group, helped in asked if group.success() == 0 and len(helped) > level]
-        tries = actor.sample([part for _, part in stuck], [config.scaffold_samples] * len(stuck), pace)
-        for (group, _), rows in zip(stuck, tries):
+    for turn in range(max((len(helped) for _, helped in asked), default=0)):
+        stuck = [(group, *helped[turn]) for group, helped in asked if group.success() == 0 and len(helped) > turn]
+        tries = actor.sample([part for _, _, part in stuck], [config.scaffold_samples] * len(stuck), pace)
+        for (group, level, _), rows in zip(stuck, tries):
             row = next((row for row in rows if row.right), None)
             if row is None:
                 continue
@@ -1440,7 +1428,7 @@ def add_hints(groups, actor, problems, pace, config):
                 row.values["sampled"] = torch.full_like(row.values["sampled"], math.nan)  # of another prompt
             row.muted = config.scaffold == "negatives"
             group.rows[-1] = row
-            found_at.append(level + 1)
+            found_at.append(level)
     return {"scaffold/asked": len(asked), "scaffold/solved": len(found_at), "scaffold/level": sum(found_at),
             "scaffold/too_long": too_long}
 
@@ -1553,28 +1541,20 @@ def length_reward(problem, row, pace, config):
     return 1 - len(row.tokens_T) / pace.limit
 
 
-def triangle(length, budget):
-    """From 0 for an empty completion up to 1 at the budget, down to 0 at twice of it. Source: 2508.08940 section 3."""
-    return max(0.0, 1 - abs(length - budget) / budget)
-
-
 def budget_reward(problem, row, pace, config):
-    """How near the length is to the budget of the step, 0 to 1; with --budget_gate for right completions only."""
-    return triangle(len(row.tokens_T), pace.budget) if row.right or not config.budget_gate else 0.0
+    """From 0 for no token up to 1 at the budget, down to 0 at twice of it; with --budget_gate for right completions.
 
-
-def length_surrogate(share, peak=0.5):
-    """What a completion that takes this share of the limit earns, 1 at the peak, -1 at the limit.
-
-    Source: surrogate signals 2505.19439 section 3.2.
+    Source: 2508.08940 section 3.
     """
-    return 1 - (1 - share / peak) ** 2 if share <= peak else 1 - 2 * ((share - peak) / (1 - peak)) ** 2
+    near = max(0.0, 1 - abs(len(row.tokens_T) - pace.budget) / pace.budget)
+    return near if row.right or not config.budget_gate else 0.0
 
 
 def format_length_reward(problem, row, pace, config):
     """A surrogate that needs no answer: format, and a length near half the limit. Source: 2505.19439 eq. 3-4."""
-    surrogate, marked = length_surrogate(len(row.tokens_T) / pace.limit), format_reward(problem, row, pace, config)
-    return 0.5 + surrogate if marked else min(0.0, surrogate)
+    halves = len(row.tokens_T) / pace.limit / 0.5
+    surrogate = 1 - (1 - halves) ** 2 if halves <= 1 else 1 - 2 * (halves - 1) ** 2  # 1 at half the limit, -1 at it
+    return 0.5 + surrogate if format_reward(problem, row, pace, config) else min(0.0, surrogate)
 
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward, "budget": budget_reward,
@@ -1661,15 +1641,15 @@ class Actor:
         seeds = [self.config.seed, self.number, *([self.calls] if self.calls else [])]
         found = sample_prompts(self.decoder, self.tokenizer, prompts_P, counts_P, pace.limit, seeds, self.config,
                                self.world)
-        rows, owners = [], [p for p, count in enumerate(counts_P) for _ in range(count)]
+        rows_P, owners = [[] for _ in counts_P], [p for p, count in enumerate(counts_P) for _ in range(count)]
         for r, (p, text, length) in enumerate(zip(owners, found.texts(self.tokenizer), found.lengths_R.tolist())):
             tokens_T, logps_T = (x_RT[r, :length].clone() for x_RT in (found.tokens_RT, found.logps_RT))
-            rows.append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), text))
-        self.calls, self.rollouts = self.calls + 1, self.rollouts + len(rows)
+            rows_P[p].append(Row(prompts_P[p], tokens_T, {"sampled": logps_T}, bool(found.finished_R[r]), text))
+        self.calls, self.rollouts = self.calls + 1, self.rollouts + len(owners)
         self.tokens += int(found.lengths_R.sum())
-        judge_all([(problems_P[p], row) for p, row in zip(owners, rows)], pace, self.config, self.world)
-        left = iter(rows)
-        return [list(itertools.islice(left, count)) for count in counts_P]
+        pairs = [(problem, row) for problem, rows in zip(problems_P, rows_P) for row in rows]
+        judge_all(pairs, pace, self.config, self.world)
+        return rows_P
 
 
 def collect(sampler, actor, problems, pace, n_rows, config):
@@ -1684,7 +1664,7 @@ def collect(sampler, actor, problems, pace, n_rows, config):
         groups = [Group(i, found) for (i, _), found in zip(picks, rows)]
         sampled += [Group(group.problem, list(group.rows)) for group in groups]
         sampler.update(groups)
-        if pace.helps and config.scaffold != "none" and not sampler.measures():
+        if pace.helps and config.scaffold != "none" and not sampler.state.get("measuring"):
             edit = add_subgoals if config.scaffold == "subgoals" else add_hints
             for name, value in edit(groups, actor, problems, pace, config).items():
                 numbers[name] = numbers.get(name, 0) + value
@@ -1823,12 +1803,13 @@ def unpack(tensors):
     """The rows of `pack`."""
     lengths = tensors["lengths_R"].tolist()
     prompts = tensors["prompts_N"].split(tensors["prompt_lengths_R"].tolist())
-    values = {name[7:]: tensor.split(lengths) for name, tensor in tensors.items() if name.startswith("values.")}
-    rows = []
-    for i, (prompt, tokens_T) in enumerate(zip(prompts, tensors["tokens_N"].split(lengths))):
-        row = Row(prompt.tolist(), tokens_T, {name: values[name][i] for name in values}, True)
-        row.advantage, row.weight, row.kd_coef, row.demo = tensors["numbers_RC"][i].tolist()
-        rows.append(row)
+    tokens = tensors["tokens_N"].split(lengths)
+    rows = [Row(prompt.tolist(), tokens_T, {}, True) for prompt, tokens_T in zip(prompts, tokens)]
+    for row, numbers in zip(rows, tensors["numbers_RC"].tolist()):
+        row.advantage, row.weight, row.kd_coef, row.demo = numbers
+    for name in tensors:
+        if name.startswith("values."):
+            hand_out(tensors[name], rows, name[7:])
     return rows
 
 
@@ -1853,14 +1834,14 @@ def describe(groups, config):
     return {name: float(value) for name, value in numbers.items()}
 
 
-def warn_of_silence(numbers, step, warned, world):
+def warn_of_silence(numbers, update, step, warned, world):
     """One line, once a run, where a step can teach nothing; returns what has been warned of."""
-    faults = {"completions/clipped_ratio": "all completions were cut off by --max_completion_length",
-              "frac_reward_zero_std": "in every group all completions got the same reward: the gradient is zero"}
-    for name, fault in faults.items():
-        if numbers[name] == 1 and name not in warned and world.rank == 0:
+    faults = {"all completions were cut off by --max_completion_length": numbers["completions/clipped_ratio"] == 1,
+              "no completion is above or below its group's mean: the gradient is zero": not update.rows}
+    for fault, present in faults.items():
+        if present and fault not in warned and world.rank == 0:
             print(f"warning, step {step}: {fault}", file=sys.stderr)
-            warned = warned | {name}
+            warned = warned | {fault}
     return warned
 
 
@@ -1898,14 +1879,14 @@ class Update:
         numbers_BC = torch.tensor([row.numbers() for row in rows] or [[0.0] * 4]).to(logps_BS)
         advantages_B, weights_B, kd_B, demo_B = numbers_BC.unbind(1)
         old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
-        gain_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
+        gain_BS, cut_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
         own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
         if config.entropy_coef:  # else entropy is only logged, and its gradient not even computed
             bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
             gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
         sampled_BS = self.spread("sampled", rows, batch)
         numbers = {"entropy": entropy_BS.detach().sum(),
-                   "clip_ratio": clip_share(logps_BS.detach(), old_logps_BS, advantages_B, batch.mask_BS, config),
+                   "clip_ratio": (cut_BS & batch.mask_BS).sum(),
                    "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
         if config.beta:
             kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
@@ -1917,15 +1898,6 @@ class Update:
             numbers["kd/teacher_gap"] = ((logps_BS.detach() - teacher_BS) * batch.mask_BS).sum()
         loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
         return loss, {name: value / self.n_tokens for name, value in numbers.items()}
-
-
-def update_policy(policy, optimizer, update, step, config, world):
-    """One optimizer step on the rows of `update`: (numbers, taken)."""
-    batches = batches_of(update.rows, config, world)
-    numbers, taken = train_step(policy, optimizer, batches, update.loss_of, step, config, world)
-    if update.keeps:
-        exchange(update.rows, "old", world)
-    return numbers, taken
 
 
 # --- main ---
@@ -1970,6 +1942,7 @@ def check_config(config):
 def check_combinations(config):
     """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
     weights, functions, budget = config.reward_weights, config.reward_funcs, config.length_budget
+    shortest = min([int(stage.partition("x")[0]) for stage in config.stages] or [config.max_completion_length])
     low, high = config.knapsack_range if len(config.knapsack_range) == 2 else (0, 0)
     teacher, anchored, hpt = config.teacher_model_name_or_path, config.ref_model_mixup_alpha > 0, config.hpt_gate >= 0
     faults = {
@@ -1981,6 +1954,8 @@ def check_combinations(config):
             budget and (len(budget) != 2 or min(budget) < 1),
         f"--knapsack_range {config.knapsack_range}: must be two numbers from 2, around --num_generations":
             not 2 <= low <= config.num_generations or high < config.num_generations and config.sampler == "knapsack",
+        f"--soft_overlong_tokens {config.soft_overlong_tokens}: must be below the shortest limit, {shortest} tokens":
+            config.soft_overlong_tokens >= shortest,
         "--kd_coef needs --teacher_model_name_or_path": config.kd_coef and not teacher,
         "--teacher_model_name_or_path needs --kd_coef": teacher and not config.kd_coef,
         "--kl_in_reward needs --beta": config.kl_in_reward and not config.beta,
@@ -2017,14 +1992,14 @@ def check_problems(problems, tokenizer, config):
         raise InputError(f"--hpt_gate: a problem of --dataset_name {config.dataset_name} has no worked solution")
 
 
-def make_frozen(flag, needed, tokenizer, config, world):
+def make_frozen(flag_name, needed, tokenizer, config, world):
     """The model that this flag names, frozen, or None; InputError where its tokens are not the policy's."""
     if not needed:
         return None
-    name = getattr(config, flag)
+    name = getattr(config, flag_name)
     model, theirs = load_model(name, chat_template=config.chat_template)
     if theirs.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"--{flag} {name}: its tokenizer is not the policy's, and a token's log-prob means nothing "
+        raise InputError(f"--{flag_name} {name}: its tokenizer is not the policy's, and a token's log-prob means nothing "
                          "under it")
     return shard(Policy(model.eval().requires_grad_(False).to(world.device)), config)
 
@@ -2088,6 +2063,7 @@ def main(config):
                                   chat_template=config.chat_template)
     check_problems(problems, tokenizer, config)
     sampler = make_sampler(problems, config)
+    warn_of_short_run(config, len(problems), n_rows)
     reference = make_frozen("model_name_or_path", config.beta, tokenizer, config, world)
     teacher = make_frozen("teacher_model_name_or_path", config.kd_coef, tokenizer, config, world)
     fill_learning_rate(config, model, small=5e-5, large=1e-6)
@@ -2125,12 +2101,14 @@ def main(config):
             state["num_tokens"] += actor.tokens
             state["about"] = {**describe(sampled, config), **numbers, "rollouts": state["rollouts"],
                               "num_tokens": state["num_tokens"]}
-            warned = warn_of_silence(state["about"], step + 1, warned, world)
             write_samples(run, step, sampled[0], problems, world)
         torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
         update = Update(rows, iteration == 0, config)
-        rows = update.rows
-        numbers, taken = update_policy(policy, optimizer, update, step, config, world)
+        warned, rows = warn_of_silence(state["about"], update, step + 1, warned, world), update.rows
+        batches = batches_of(rows, config, world)
+        numbers, taken = train_step(policy, optimizer, batches, update.loss_of, step, config, world)
+        if update.keeps:
+            exchange(rows, "old", world)
         if taken:
             move_anchor(reference, policy, step, config)
         note_step(run, state, taken, state["picked"], config, world)

@@ -64,7 +64,7 @@ def script_loss(new, old, rewards, lengths, c):
     mask = torch.arange(new.shape[1]) < lengths[:, None]
     advantages = group_advantages(rewards, c.scale_rewards).flatten()
     weights = row_weights(c.loss_type, lengths, c.max_completion_length)
-    return -(grpo.policy_gain(new, old, advantages, mask, c) * mask * weights[:, None]).sum()
+    return -(grpo.policy_gain(new, old, advantages, mask, c)[0] * mask * weights[:, None]).sum()
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -79,7 +79,7 @@ def test_loss_and_gradient_equal_a_loop_from_the_formula(loss_type, seed):
     assert torch.allclose(torch.autograd.grad(found, ours)[0], torch.autograd.grad(wanted, loops)[0], atol=1e-7)
     mask = torch.arange(12) < lengths[:, None]
     advantages = group_advantages(rewards, c.scale_rewards).flatten()
-    assert 0 < grpo.clip_share(new, old, advantages, mask, c) < mask.sum()  # the clip was at work
+    assert 0 < (grpo.policy_gain(new, old, advantages, mask, c)[1] & mask).sum() < mask.sum()  # the clip was at work
 
 
 def test_golden_advantages_of_one_success():
@@ -92,7 +92,7 @@ def test_golden_advantages_of_one_success():
 
 def test_silent_groups_are_exactly_silent_whatever_the_noise():
     rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    for scale in ("group", "batch", "none"):
+    for scale in ("group", "none"):
         advantages = group_advantages(rewards, scale)
         assert (advantages[0] == 0).all() and (advantages[1] != 0).all()
 
@@ -110,7 +110,7 @@ def test_dead_zones_of_the_clip():
     def slope(loss_type, advantage, ratio):
         new = torch.tensor([[math.log(ratio)]], requires_grad=True)
         gain = grpo.policy_gain(new, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.bool),
-                                config(loss_type=loss_type, epsilon=0.2, epsilon_high=0.2))
+                                config(loss_type=loss_type, epsilon=0.2, epsilon_high=0.2))[0]
         return torch.autograd.grad(gain.sum(), new)[0].item()
     assert slope("dapo", 1.0, 1.5) == 0 and slope("dapo", -1.0, 0.5) == 0
     assert slope("dapo", 1.0, 0.5) == pytest.approx(0.5) and slope("dapo", -1.0, 1.5) == pytest.approx(-1.5)
@@ -239,13 +239,17 @@ def test_later_iterations_use_the_log_probs_of_the_first(tiny):
     update = Update(rows_in(groups_of(model, tokenizer, c, REWARDS)), True, c)
     policy = grpo.Policy(model)
     optimizer = grpo.make_optimizer(policy, c)
-    first, _ = grpo.update_policy(policy, optimizer, update, 0, c, ALONE)
+
+    def step_on(update, step):
+        return grpo.train_step(policy, optimizer, grpo.batches_of(update.rows, c, ALONE), update.loss_of, step, c, ALONE)[0]
+
+    first = step_on(update, 0)
     rows = grpo.unpack(grpo.pack(update.rows))  # as through a checkpoint
     for row, before in zip(rows, update.rows):
         assert torch.allclose(row.values["old"], row.values["sampled"], atol=1e-4)
         assert (row.prompt, row.advantage, row.weight) == (before.prompt, before.advantage, before.weight)
         assert torch.equal(row.tokens_T, before.tokens_T)
-    second, _ = grpo.update_policy(policy, optimizer, Update(rows, False, c), 1, c, ALONE)
+    second = step_on(Update(rows, False, c), 1)
     assert first["clip_ratio"] == 0 and second["clip_ratio"] > 0  # the policy has moved away from the sampling one
     assert abs(second["loss"] - first["loss"]) > 1e-6
 
@@ -270,9 +274,7 @@ def test_nothing_given_to_the_losses_is_written_to():
     before = [x.clone() for x in given]
     for loss_type in LOSSES:
         c = config(loss_type=loss_type)
-        advantages = group_advantages(rewards, c.scale_rewards).flatten()
         script_loss(new, old, rewards, lengths, c)
-        grpo.clip_share(new, old, advantages, mask, c)
     kl_k3(new, old)
     assert all(torch.equal(a, b) for a, b in zip(given, before))
 
@@ -409,12 +411,24 @@ def test_silence_is_said(tmp_path, cold_start, capsys):
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
+def test_silence_is_that_of_the_gradient(tmp_path, cold_start, capsys, monkeypatch):
+    """Nothing is right. Imitation moves weights all the same; rewards that the missing right answer gates do not."""
+    monkeypatch.setattr(grpo, "verify", lambda text, answer: False)
+    grpo.main(quick(tmp_path / "hpt", cold_start, max_steps=1, hpt_gate=0.0))
+    assert "the gradient is zero" not in capsys.readouterr().err
+    grpo.main(quick(tmp_path / "gated", cold_start, max_steps=1, reward_funcs=["accuracy", "length"]))
+    assert "the gradient is zero" in capsys.readouterr().err
+
+
 def test_silence_is_said_by_one_process(capsys):
-    numbers = {"completions/clipped_ratio": 1.0, "frac_reward_zero_std": 0.5}
-    assert grpo.warn_of_silence(numbers, 1, frozenset(), World(1, 2, "cpu")) == frozenset() and not capsys.readouterr().err
-    warned = grpo.warn_of_silence(numbers, 1, frozenset(), World(0, 2, "cpu"))
-    assert "cut off" in capsys.readouterr().err
-    grpo.warn_of_silence(numbers, 2, warned, World(0, 2, "cpu"))
+    numbers, update = {"completions/clipped_ratio": 1.0}, Update([row_of()], True, config(beta=0.1))
+    update.rows = update.rows or [row_of()]
+    assert grpo.warn_of_silence(numbers, update, 1, frozenset(), World(1, 2, "cpu")) == frozenset()
+    assert not capsys.readouterr().err
+    warned = grpo.warn_of_silence(numbers, update, 1, frozenset(), World(0, 2, "cpu"))
+    said = capsys.readouterr().err
+    assert "cut off" in said and "gradient" not in said  # there are rows to train on
+    grpo.warn_of_silence(numbers, update, 2, warned, World(0, 2, "cpu"))
     assert not capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -306,8 +307,12 @@ def test_knapsack_weights_can_be_made_equal():
 def test_golden_budgets_and_stages():
     c = config(reward_funcs=["accuracy", "budget"], length_budget=[256, 87], max_steps=600, max_completion_length=512)
     assert [round(grpo.pace_of(step, c).budget) for step in (0, 149, 150, 300, 450, 599)] == [256, 256, 179, 125, 87, 87]
-    assert [grpo.triangle(length, 100) for length in (0, 50, 100, 150, 200, 300)] == [0, 0.5, 1, 0.5, 0, 0]
-    assert [grpo.length_surrogate(x) for x in (0.25, 0.5, 0.75, 1)] == [0.75, 1, 0.5, -1]
+    pace, plain = grpo.pace_of(0, c)._replace(budget=100, limit=200), config(budget_gate=False)
+    rows = [grpo.Row([], torch.zeros(n), {}, True, "1+1=2 #2") for n in (0, 50, 100, 150, 200, 300)]
+    assert [grpo.budget_reward(None, row, pace, plain) for row in rows] == [0, 0.5, 1, 0.5, 0, 0]
+    assert [grpo.budget_reward(None, row, pace, c) for row in rows] == [0] * 6  # the gate: none is right
+    assert [grpo.format_length_reward(None, row, pace, c) for row in rows[1:5]] == [1.25, 1.5, 1, -0.5]
+    assert [grpo.format_length_reward(None, replace(row, text="no"), pace, c) for row in rows[1:5]] == [0, 0, 0, -1]
     c = config(reward_funcs=["accuracy", "budget"], length_budget=[800, 160], budget_drops=2, max_steps=30, max_completion_length=999)
     assert [int(grpo.pace_of(step, c).budget) for step in (0, 15, 29)] == [800, 357, 160]
     c = config(stages=["4x16", "8x8", "12x4"], max_steps=9)
@@ -361,7 +366,7 @@ def test_advantages_over_the_batch_divide_by_its_std():
     groups = [group_of(0, 1), group_of(1, 4)]
     grpo.credit(groups, grpo.pace_of(0, c), 8, c)
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
-    wanted = grpo.group_advantages(rewards, "batch").flatten().tolist()
+    wanted = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)).flatten().tolist()
     assert [row.advantage for group in groups for row in group.rows] == pytest.approx(wanted)
 
 
@@ -610,6 +615,9 @@ def test_help_that_makes_a_prompt_too_long_is_left_out_and_counted(tiny):
     c, group, player = config(scaffold="hints", hint_template="{prompt}|{hint}"), group_of(0, 0), Player(lambda problem: 0, longest=3)
     numbers = grpo.add_hints([group], player, [LADDER], grpo.pace_of(0, c), c)
     assert player.asked == [["q|a"], ["q|c"]] and numbers["scaffold/too_long"] == 1  # not "q|a b"
+    player = Player(lambda problem: problem.prompt.endswith("c"), longest=3)
+    numbers = grpo.add_hints([group_of(0, 0)], player, [LADDER], grpo.pace_of(0, c), c)
+    assert numbers["scaffold/level"] == 3  # "c" is the third, though the second to be tried
     c = config(scaffold="subgoals", subgoal_form="given", hint_template="{hint}{prompt}")
     problem = Problem("3+4-2=", "5", "3+4=7;7-2=5#5", subgoals=(("3+4=", "7"),))
     for longest, too_long in ((4, 0), (3, 1)):
@@ -771,6 +779,16 @@ def test_a_yoked_run_of_another_size_replays_the_shares(tmp_path, rows, arms):
     assert [i for i, _ in picks] == arms and sum(n for _, n in picks) == rows
 
 
+@pytest.mark.parametrize("flags, said", [
+    (dict(sampler="knapsack", n_train=12), "no problem comes twice"), (dict(sampler="knapsack", n_train=3), ""),
+    (dict(sampler="adcl", n_train=12, adcl_samples=4), "measuring alone takes 48 completions, training 32"),
+    (dict(sampler="adcl", n_train=4, adcl_samples=2), "")])
+def test_a_curriculum_that_the_run_is_too_short_for_says_so(tmp_path, cold_start, capsys, flags, said):
+    grpo.main(Config(**{**flags_of(cold_start, max_steps=2), **flags, "output_dir": str(tmp_path / "run")}))
+    shown = capsys.readouterr().out
+    assert said in shown and ("--sampler" in shown) == bool(said)
+
+
 def test_a_yoked_run_needs_lines_to_replay(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(InputError, match="has 0 steps"):
@@ -797,6 +815,7 @@ def test_entropy_alone_moves_the_policy(tmp_path, cold_start):
 @pytest.mark.parametrize("flags, named", [
     (dict(sampler="best"), "--sampler best"), (dict(sampler="yoked:nowhere"), "--sampler yoked:nowhere"),
     (dict(sampler="sec", levels="2"), "--arm level"), (dict(arm="size"), "--arm size"), (dict(kd_coef=1.0), "--kd_coef"),
+    (dict(stages=["8x4", "12x4"], soft_overlong_tokens=8), "--soft_overlong_tokens 8"),
     (dict(kl_in_reward=True), "--kl_in_reward"), (dict(ref_model_mixup_alpha=0.1), "--ref_model_mixup_alpha"),
     (dict(entropy_weighting="tea"), "--entropy_weighting"), (dict(hint_template="{prompt}"), "--hint_template"),
     (dict(hpt_gate=0.0, scaffold="hints"), "--hpt_gate"), (dict(hpt_gate=0.0, sampler="dynamic"), "--hpt_gate"),
