@@ -71,6 +71,12 @@ def launch_rows(kernel, rows, width, *args):
 
 
 @jit
+def floored(logp):
+    """logp, at least -1e4; a NaN stays one, while tl.maximum would drop it and make a broken row's loss finite."""
+    return tl.where(logp < -1e4, -1e4, logp)
+
+
+@jit
 def softmax_row(row, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
     """(logsumexp, entropy) of one row in one pass. Source: online softmax, Milakov & Gimelshein 2018; u is ours."""
     m = tl.full([], -1e30, row.dtype.element_ty)  # largest logit so far; finite, so that m - m is never inf - inf
@@ -81,7 +87,7 @@ def softmax_row(row, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
         z = soft_cap(tl.load(row + columns, mask=columns < V, other=0), GAIN)
         z = tl.where(columns < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
-        shifted = tl.maximum(z - m_new, -1e4)  # exp gives 0 all the same, and 0 * -1e4 is not NaN
+        shifted = floored(z - m_new)  # exp gives 0 all the same, and 0 * -1e4 is not NaN
         e = tl.exp(shifted)
         shrink = tl.exp(m - m_new)
         u = shrink * (u + s * (m - m_new)) + tl.sum(e * shifted, 0)
@@ -141,7 +147,7 @@ def logps_grad_kernel(z, z_stride, targets, entropy, lse, g_logps, g_entropy, dz
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z_raw = tl.load(z + columns, mask=columns < V, other=0)
-        logp = tl.maximum(soft_cap(z_raw, GAIN) - lse_n, -1e4)
+        logp = floored(soft_cap(z_raw, GAIN) - lse_n)
         if g_entropy is None:
             d = -tl.exp(logp) * g_sum
         else:
@@ -188,8 +194,8 @@ def logps_grad_torch(z_BV, targets_BK, results, grads, dz_BV, gain):
 def kl_terms(s, t, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr, V: tl.constexpr):
     """Per column (student's probability, divergence's term, w), w as in kl_triton."""
     inside = columns < V
-    s_logp = tl.where(inside, tl.maximum(tl.load(s + columns, mask=inside, other=0) - s_lse, -1e4), -1e4)
-    t_logp = tl.where(inside, tl.maximum(tl.load(t + columns, mask=inside, other=0) - t_lse, -1e4), -1e4)
+    s_logp = tl.where(inside, floored(tl.load(s + columns, mask=inside, other=0) - s_lse), -1e4)
+    t_logp = tl.where(inside, floored(tl.load(t + columns, mask=inside, other=0) - t_lse), -1e4)
     s_p, t_p = tl.exp(s_logp), tl.exp(t_logp)
     if KIND == "forward":
         w = t_p
@@ -198,7 +204,8 @@ def kl_terms(s, t, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr
         w = s_logp - t_logp
         term = s_p * w
     else:
-        m_logp = tl.log(tl.maximum(BETA * t_p + (1 - BETA) * s_p, 1e-37))  # the log of 0 would meet a 0
+        m = BETA * t_p + (1 - BETA) * s_p
+        m_logp = tl.log(tl.where(m < 1e-37, 1e-37, m))  # the log of 0 would meet a 0; a NaN stays one
         w = (1 - BETA) * (s_logp - m_logp)
         term = BETA * t_p * (t_logp - m_logp) + s_p * w
     return s_p, term, w

@@ -259,6 +259,43 @@ def test_no_tensor_has_tokens_times_vocabulary_elements():
 # --- rows of logits: extremes, poison, guard bands ---
 
 
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_makes_its_rows_divergence_and_gradient_nan(kind, broken):
+    hidden, weight, _ = head()
+    teacher = leaf(9, 5, grad=False), leaf(33, 5, grad=False)
+    with torch.no_grad():
+        (hidden if broken == "student" else teacher[0])[4, 1] = torch.nan
+    loss = linear_kl(hidden, weight, *teacher, kind=kind)
+    assert loss.isnan().nonzero().tolist() == [[4]]
+    d_hidden, _ = gradients([loss], (hidden, weight))
+    assert d_hidden.isnan().all(1).nonzero().tolist() == [[4]]
+
+
+def test_one_nan_among_a_rows_logits_is_not_lost():
+    """In every kind of input of every row operation, at the first and at a later step of a kernel's loop."""
+    z, t, targets, dz = torch.randn(4, 50), torch.randn(4, 50), torch.tensor([5, 5, 5, 5]), torch.empty(4, 50)
+    z[1, 7] = z[2, 40] = torch.nan
+    logps, entropy = (x.flatten() for x in stats(z, targets))
+    assert logps.isnan().tolist() == entropy.isnan().tolist() == [False, True, True, False]
+    assert logit_gradient(z, targets, torch.ones(4), torch.ones(4)).isnan().any(1).tolist() == logps.isnan().tolist()
+    kl, kl_grad = (getattr(kernels, name + ("triton" if TRITON else "torch")) for name in ("kl_", "kl_grad_"))
+    for kind in KINDS:
+        for student, teacher in ((z, t), (t, z)):
+            results = kl(student, teacher, kind, 0.5)
+            kl_grad(student.clone(), teacher, results, (torch.ones(4), None, None, None), dz, kind, 0.5)
+            assert results[0].isnan().tolist() == dz.isnan().any(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_a_nan_makes_its_rows_logps_nan(entropy):
+    hidden, weight, targets = head()
+    with torch.no_grad():
+        hidden[4, 1] = torch.nan
+    for output in linear_logps(hidden, weight, targets, entropy=entropy)[: 1 + entropy]:
+        assert output.isnan().nonzero().tolist() == [[4]]
+
+
 def stats(z, targets, gain=None):
     function = kernels.logps_triton if TRITON else kernels.logps_torch
     return function(z, targets[:, None], gain, True)[:2]
