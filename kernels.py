@@ -568,11 +568,11 @@ class SwiGLU(torch.autograd.Function):
             launch_rows(swiglu_grad_kernel, *g_SI.shape, gate_up_SF, w_S, g_SI, d_gate_up_SF, d_w_S)
             return d_gate_up_SF, d_w_S
         gate_SI, up_SI = gate_up_SF.chunk(2, -1)
-        sigmoid_SI = gate_SI.sigmoid()
-        silu_SI, gw_SI = gate_SI * sigmoid_SI, g_SI * w_S[:, None]
-        d_gate_SI = gw_SI * up_SI * (sigmoid_SI + silu_SI * (1 - sigmoid_SI))
-        d_gate_up_SF = torch.cat([d_gate_SI, gw_SI * silu_SI], -1).to(gate_up_SF.dtype)
-        return d_gate_up_SF, (g_SI * silu_SI * up_SI).sum(-1, dtype=w_S.dtype)
+        d_gate_up_SF, silu_SI, gw_SI = torch.empty_like(gate_up_SF), F.silu(gate_SI), g_SI * w_S[:, None]
+        d_gate_SI, d_up_SI = d_gate_up_SF.chunk(2, -1)  # written in place: joining two halves would copy both
+        torch.mul(gw_SI, silu_SI, out=d_up_SI)
+        torch.ops.aten.silu_backward.grad_input(gw_SI.mul_(up_SI), gate_SI, grad_input=d_gate_SI)
+        return d_gate_up_SF, silu_SI.mul_(up_SI).mul_(g_SI).sum(-1, dtype=w_S.dtype)
 
 
 @jit
@@ -590,7 +590,7 @@ def gather_sum_kernel(y, slots, out, K: tl.constexpr, D: tl.constexpr, BLOCK: tl
 def gather_sum(y_SD, slots_NK):
     """Row n of [N, D]: sum over k of y[slots[n, k]], in fp32, in a fixed order, no atomics. Bytes (bf16): 2D(K + 1)."""
     if not use_triton(y_SD):
-        return y_SD[slots_NK].sum(1)
+        return F.embedding_bag(slots_NK, y_SD, mode="sum")  # its gradient is never asked for: see Route
     out_ND = y_SD.new_empty(len(slots_NK), y_SD.shape[1])
     launch_rows(gather_sum_kernel, *out_ND.shape, y_SD, slots_NK, out_ND, slots_NK.shape[1])
     return out_ND
@@ -612,8 +612,8 @@ class Route(torch.autograd.Function):
 
 def grouped_linear(x_SD, weight_EID, ends_E):
     """x[start_e:end_e] @ weight_e^T for every expert e, [S, I]; ends_E (int32) ascends to S. FLOPs: 2SDI."""
-    aligned = x_SD.dtype == torch.bfloat16 and weight_EID.shape[1] % 8 == 0 and weight_EID.shape[2] % 8 == 0
-    if aligned and len(x_SD):  # the product wants rows at multiples of 16 bytes, and has fast code for bf16 alone
+    aligned = weight_EID.shape[1] % 8 == 0 and weight_EID.shape[2] % 8 == 0  # it wants rows at multiples of 16 bytes
+    if x_SD.dtype in (torch.bfloat16, torch.float32) and aligned and len(x_SD):  # on a GPU, bf16 alone has fast code
         return F.grouped_mm(x_SD, weight_EID.transpose(-2, -1), offs=ends_E)
     counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
     # unbind, because indexing weight[e] would give every expert a gradient of all experts' size

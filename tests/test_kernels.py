@@ -353,7 +353,7 @@ def everything(dtype=torch.float32):
     outputs = [*linear_logps(hidden, weight, targets, softcap=3.0, workspace_mb=1e-3)]
     outputs += [linear_kl(hidden, weight, *teacher, kind=kind, workspace_mb=1e-3) for kind in KINDS]
     tensors = [*outputs, *gradients(outputs, (hidden, weight)), *linear_topk(hidden, weight, 4, workspace_mb=1e-3)]
-    for moe_dtype in (dtype, torch.bfloat16):  # bf16 with D, I multiples of 8 takes PyTorch's grouped product
+    for moe_dtype in (dtype, torch.bfloat16):  # with D, I multiples of 8 both take PyTorch's grouped product
         inputs = experts(D=8, I=8, dtype=moe_dtype)
         output = moe_experts(*inputs)
         tensors += [output, *gradients([output], [x for x in inputs if x.requires_grad])]
@@ -525,18 +525,19 @@ def test_order_of_tokens_and_of_choices_does_not_matter():
     torch.testing.assert_close(moe_experts(x, ids.flip(1), weights.flip(1), gate_up, down), output)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("D,I,grouped", [(16, 8, True), (10, 6, False)])
-def test_bf16_takes_the_grouped_product_where_rows_are_aligned(D, I, grouped, monkeypatch):
+def test_the_grouped_product_serves_where_rows_are_aligned(D, I, grouped, dtype, tolerance, monkeypatch):
     calls, grouped_mm = [], F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: (calls.append(1), grouped_mm(*args, **kwargs))[1])
-    inputs = experts(N=20, D=D, I=I, dtype=torch.bfloat16)
+    inputs = experts(N=20, D=D, I=I, dtype=dtype)
     output = moe_experts(*inputs)
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
     expected = dense_moe(*exact)
-    assert bool(calls) == grouped and output.dtype == torch.bfloat16 and relative(output, expected) < 2e-2
+    assert bool(calls) == grouped and output.dtype == dtype and relative(output, expected) < tolerance
     leaves = [[x for x in group if x.requires_grad] for group in (inputs, exact)]
     for actual, reference in zip(gradients([output], leaves[0]), gradients([expected], leaves[1])):
-        assert relative(actual, reference) < 2e-2
+        assert relative(actual, reference) < tolerance
 
 
 def test_experts_under_autocast_keep_fp32_masters():
