@@ -610,11 +610,20 @@ class Route(torch.autograd.Function):
         return Route.apply(g.contiguous(), *ctx.saved_tensors, not ctx.spread), None, None, None
 
 
+def fills_empty_groups(device):
+    """True where grouped_mm's weight gradient of a group without rows is not zero: on a B200 (PyTorch issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def grouped_linear(x_SD, weight_EID, ends_E):
     """x[start_e:end_e] @ weight_e^T for every expert e, [S, I]; ends_E (int32) ascends to S. FLOPs: 2SDI."""
     aligned = weight_EID.shape[1] % 8 == 0 and weight_EID.shape[2] % 8 == 0  # it wants rows at multiples of 16 bytes
     if x_SD.dtype in (torch.bfloat16, torch.float32) and aligned and len(x_SD):  # on a GPU, bf16 alone has fast code
-        return F.grouped_mm(x_SD, weight_EID.transpose(-2, -1), offs=ends_E)
+        weight_EDI = weight_EID.transpose(-2, -1)
+        if weight_EDI.requires_grad and fills_empty_groups(x_SD.device):
+            empty_E11 = (torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0)[:, None, None]
+            weight_EDI.register_hook(lambda g_EDI: g_EDI.masked_fill(empty_E11, 0))
+        return F.grouped_mm(x_SD, weight_EDI, offs=ends_E)
     counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
     # unbind, because indexing weight[e] would give every expert a gradient of all experts' size
     return torch.cat([F.linear(x, weight) for x, weight in zip(x_SD.split(counts), weight_EID.unbind())])

@@ -540,6 +540,30 @@ def test_the_grouped_product_serves_where_rows_are_aligned(D, I, grouped, dtype,
         assert relative(actual, reference) < tolerance
 
 
+class Filling(torch.autograd.Function):
+    """The weight as it is; its gradient is NaN for the groups that have no rows."""
+
+    @staticmethod
+    def forward(ctx, weight, ends):
+        ctx.empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.masked_fill(ctx.empty[:, None, None], torch.nan), None
+
+
+def test_a_grouped_product_that_fills_empty_groups_is_masked(monkeypatch):
+    """Blackwell's does; its place is taken by one that makes their gradient NaN."""
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: grouped_mm(x, Filling.apply(w, offs), offs=offs))
+    monkeypatch.setattr(kernels, "fills_empty_groups", lambda device: True)
+    inputs = experts(D=8, I=8, dtype=torch.float32)
+    output, leaves = moe_experts(*inputs), inputs[3:]
+    for actual, reference in zip(gradients([output], leaves), gradients([dense_moe(*inputs)], leaves)):
+        assert (actual[-1] == 0).all() and relative(actual, reference) < 1e-5
+
+
 def test_experts_under_autocast_keep_fp32_masters():
     inputs = experts(D=8, I=8, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
