@@ -77,14 +77,18 @@ def floored(logp):
 
 
 @jit
-def softmax_row(row, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """(logsumexp, entropy) of one row in one pass. Source: online softmax, Milakov & Gimelshein 2018; u is ours."""
+def softmax_row(row, stride, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """(logsumexp, entropy) of one row in one pass. Source: online softmax, Milakov & Gimelshein 2018; u is ours.
+
+    Loads and stores of a row of logits end where its stride does, not at V: with an odd V and padded rows they stay 16
+    bytes wide. So a row must own its whole stride; what stands in the padding counts for nothing.
+    """
     m = tl.full([], -1e30, row.dtype.element_ty)  # largest logit so far; finite, so that m - m is never inf - inf
     s = tl.full([], 0, row.dtype.element_ty)  # sum of exp(z - m)
     u = tl.full([], 0, row.dtype.element_ty)  # sum of exp(z - m) (z - m)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = soft_cap(tl.load(row + columns, mask=columns < V, other=0), GAIN)
+        z = soft_cap(tl.load(row + columns, mask=columns < stride, other=0), GAIN)
         z = tl.where(columns < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
         shifted = floored(z - m_new)  # exp gives 0 all the same, and 0 * -1e4 is not NaN
@@ -109,7 +113,7 @@ def logps_kernel(z, z_stride, targets, logps, entropy, lse, K: tl.constexpr, GAI
                  BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
     z += n * z_stride
-    lse_n, entropy_n = softmax_row(z, GAIN, V, BLOCK)
+    lse_n, entropy_n = softmax_row(z, z_stride, GAIN, V, BLOCK)
     tl.store(lse + n, lse_n)
     if entropy is not None:  # a None argument is known when compiling: without it, its arithmetic disappears too
         tl.store(entropy + n, entropy_n)
@@ -146,7 +150,7 @@ def logps_grad_kernel(z, z_stride, targets, entropy, lse, g_logps, g_entropy, dz
         g_sum += tl.load(g_logps + n * K + k)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z_raw = tl.load(z + columns, mask=columns < V, other=0)
+        z_raw = tl.load(z + columns, mask=columns < z_stride, other=0)
         logp = floored(soft_cap(z_raw, GAIN) - lse_n)
         if g_entropy is None:
             d = -tl.exp(logp) * g_sum
@@ -157,7 +161,7 @@ def logps_grad_kernel(z, z_stride, targets, entropy, lse, g_logps, g_entropy, dz
         if GAIN is not None:
             tanh = soft_cap(z_raw, 1.0)
             d *= GAIN * (1 - tanh * tanh)
-        tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < V)
+        tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < dz_stride)
 
 
 def logps_grad_triton(z_BV, targets_BK, results, grads, dz_BV, gain):
@@ -191,11 +195,11 @@ def logps_grad_torch(z_BV, targets_BK, results, grads, dz_BV, gain):
 
 
 @jit
-def kl_terms(s, t, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr, V: tl.constexpr):
-    """Per column (student's probability, divergence's term, w), w as in kl_triton."""
+def kl_terms(s, s_stride, t, t_stride, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr, V: tl.constexpr):
+    """Per column (student's probability, divergence's term, w), w as in kl_triton; past V they are 0, 0 and finite."""
     inside = columns < V
-    s_logp = tl.where(inside, floored(tl.load(s + columns, mask=inside, other=0) - s_lse), -1e4)
-    t_logp = tl.where(inside, floored(tl.load(t + columns, mask=inside, other=0) - t_lse), -1e4)
+    s_logp = tl.where(inside, floored(tl.load(s + columns, mask=columns < s_stride, other=0) - s_lse), -1e4)
+    t_logp = tl.where(inside, floored(tl.load(t + columns, mask=columns < t_stride, other=0) - t_lse), -1e4)
     s_p, t_p = tl.exp(s_logp), tl.exp(t_logp)
     if KIND == "forward":
         w = t_p
@@ -217,12 +221,12 @@ def kl_kernel(s, s_stride, t, t_stride, kl, mean, s_lse, t_lse, KIND: tl.constex
     n = tl.program_id(0).to(tl.int64)
     s += n * s_stride
     t += n * t_stride
-    s_lse_n, _ = softmax_row(s, None, V, BLOCK)
-    t_lse_n, _ = softmax_row(t, None, V, BLOCK)
+    s_lse_n, _ = softmax_row(s, s_stride, None, V, BLOCK)
+    t_lse_n, _ = softmax_row(t, t_stride, None, V, BLOCK)
     kl_n = tl.full([], 0, s.dtype.element_ty)
     mean_n = tl.full([], 0, s.dtype.element_ty)
     for start in range(0, V, BLOCK):
-        s_p, term, w = kl_terms(s, t, start + tl.arange(0, BLOCK), s_lse_n, t_lse_n, KIND, BETA, V)
+        s_p, term, w = kl_terms(s, s_stride, t, t_stride, start + tl.arange(0, BLOCK), s_lse_n, t_lse_n, KIND, BETA, V)
         kl_n += tl.sum(term, 0)
         mean_n += tl.sum(s_p * w, 0)
     tl.store(kl + n, kl_n)
@@ -240,12 +244,12 @@ def kl_grad_kernel(s, s_stride, t, t_stride, mean, s_lse, t_lse, g, dz, dz_strid
     s_lse_n, t_lse_n, mean_n, g_n = tl.load(s_lse + n), tl.load(t_lse + n), tl.load(mean + n), tl.load(g + n)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s_p, term, w = kl_terms(s, t, columns, s_lse_n, t_lse_n, KIND, BETA, V)
+        s_p, term, w = kl_terms(s, s_stride, t, t_stride, columns, s_lse_n, t_lse_n, KIND, BETA, V)
         if KIND == "forward":
             d = g_n * (s_p - w)
         else:
             d = g_n * s_p * (w - mean_n)
-        tl.store(dz + n * dz_stride + columns, d.to(dz.dtype.element_ty), mask=columns < V)
+        tl.store(dz + n * dz_stride + columns, d.to(dz.dtype.element_ty), mask=columns < dz_stride)
 
 
 def kl_triton(s_BV, t_BV, kind, beta):
@@ -352,7 +356,10 @@ def operand(tensor, plan):
 
 
 def aligned_rows(B, V, dtype, device):
-    """Uninitialised [B, V]; on a GPU its rows start at multiples of 64 elements, vocabularies being odd numbers."""
+    """Uninitialised [B, V]; on a GPU its rows start at multiples of 64 elements, vocabularies being odd numbers.
+
+    The kernels read and write the padding, too, so that it belongs to its row and to nothing else.
+    """
     width = math.ceil(V / 64) * 64 if device.type == "cuda" else V
     return torch.empty(B, width, dtype=dtype, device=device)[:, :V]
 
