@@ -7,9 +7,10 @@
     sharded_mask  S2-Attention's sharded heterogeneous pattern, as a mask function for FlexAttention
 
 How: matrix products stay with cuBLAS, which needs no help; between them one Triton program walks one row, so every
-kernel is a loop over columns with a few running numbers, limited by memory alone. Logits live in a bounded workspace:
-the forward pass keeps one number a row (the logsumexp), and the backward pass makes the logits again, except those that
-the workspace still holds: 8NVD instead of 6NVD FLOPs, and 2 GB instead of tens.
+kernel is a loop over columns with a few running numbers, limited by memory alone (but not with many targets a row: the
+gradient compares each column with all K of them). Logits live in a bounded workspace: the forward pass keeps one number
+a row (the logsumexp), and the backward pass makes the logits again, except those that the workspace still holds: 8NVD
+instead of 6NVD FLOPs, and 2 GB instead of tens.
 Against Liger-Kernel's fused loss: any loss can sit on top (log-probabilities come out, arbitrary gradients go in,
 entropy's too), and chunks are as large as the workspace allows, because each chunk reads and writes all of dW.
 
@@ -662,12 +663,14 @@ def moe_experts(x_ND, ids_NK, weights_NK, gate_up_EFD, down_EDI):
 
 
 def sharded_mask(n_heads, n_kv_heads, stride, local_blocks=1, block=64, documents_BT=None):
-    """S2-Attention's pattern as a mask function (b, h, q, k) -> bool for FlexAttention's create_block_mask(H=n_heads).
+    """S2-Attention's pattern as a mask function (b, h, q, k) -> bool for FlexAttention.
 
-    A query sees, causally, the last local_blocks blocks of keys, and of the older ones every stride-th, each key-value
-    head another shard: with at least stride heads the union is the whole context. documents_BT holds the number of each
-    token's document in a packed batch; attention never crosses documents. FLOPs and bytes: about 1 / stride of dense
-    attention for long contexts, as whole blocks are skipped. Source: S2-Attention (2407.17678).
+    Use it as create_block_mask(mask, B, n_heads, T, T, BLOCK_SIZE=block): with the default of 128, blocks of another
+    size would be computed whole and only masked. A query sees, causally, the last local_blocks blocks of keys, and of
+    the older ones every stride-th, each key-value head another shard: with at least stride key-value heads the union is
+    the whole context. documents_BT holds the number of each token's document in a packed batch; attention never crosses
+    documents. FLOPs and bytes: about 1 / stride of dense attention for long contexts, as whole blocks are skipped.
+    Source: S2-Attention (2407.17678).
     """
     step = max(1, stride // n_kv_heads)
 

@@ -6,11 +6,11 @@ r"""A mixture-of-experts language model whose experts specialise, because balanc
 f carries no gradient. What matters is the tokens f is counted over, `--balance`: within one micro-batch, often of one
 domain, every expert must serve every domain (what frameworks did for long); over all processes and micro-batches of an
 optimizer step (`global`), experts may each have a domain of their own. LBL is linear in P, so only the [layers, E]
-counts travel. It is 1 at balance and E / K where all tokens choose the same K experts; it is taken by layer, while
-transformers' pools all layers first and cannot see collapsed layers that make up for each other. transformers'
-router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm 1: weighted by
-tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py, grpo.py and
-eval.py read them. A token counts where its successor is trained: padding and the ends of documents never do.
+counts travel. It is 1 at balance and E / K where all tokens choose the same K experts with all their probability; it is
+taken by layer, while transformers' pools all layers first and cannot see collapsed layers that make up for each other.
+transformers' router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm
+1: weighted by tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py,
+grpo.py and eval.py read them. A token counts where its successor is trained: padding and the ends of documents never do.
 
 Dimensions: B rows · T tokens · S = T - 1 predicting positions · N = B S · C those that count · D model width ·
 E experts · K chosen · L layers · G groups of tokens that share one f · M domains.
@@ -155,7 +155,8 @@ def members(group_N, mask_N, n_groups, like):
 
 
 def balance_loss(prob_sums_LGE, counts_LGE, n_tokens):
-    """E * sum_i f_i P_i by layer, [L], each group with its own f; 1 at balance, E / K at collapse.
+    """E * sum_i f_i P_i by layer, [L], each group with its own f; 1 at balance, at most E / K, where all tokens choose
+    the same K experts with all their probability.
 
     prob_sums: the experts' probabilities summed over a group's tokens; counts: how often each was chosen, by whatever
     tokens decide on f; n_tokens: of the whole optimizer step, so that groups, micro-batches and processes add up to a
@@ -347,7 +348,8 @@ def documents(name, split, n_tokens, config):
 def synthetic_texts(domain, split, n, config):
     """n texts of max_length symbols of one synthetic language: each symbol has 4 successors, as likely as .55 to .05.
 
-    The first symbol names the domain. Nobody can do better than 1.1097 nats a symbol. The language depends on --seed.
+    The first symbol names the domain. The entropy rate is 1.1097 nats a symbol; nobody's mean over a row can be quite
+    that low, because the second symbol may be any: 1.1217 in rows of 256. The language depends on --seed.
     """
     rng, width = np.random.default_rng([config.seed, domain]), config.max_length
     next_XK = np.array([rng.choice(N_SYMBOLS, 4, replace=False) for _ in range(N_SYMBOLS)])

@@ -531,6 +531,9 @@ def test_synthetic_languages_differ_and_follow_their_rule():
         assert max(len(set(after)) for after in pairs.values()) == 4
         after = max(pairs.values(), key=len)
         assert max(after.count(b) for b in set(after)) / len(after) == pytest.approx(0.55, abs=0.08)
+    rate = -sum(p * math.log(p) for p in (0.55, 0.25, 0.15, 0.05))  # of every symbol but the first two
+    assert f"{rate:.4f}" == "1.1097" and f"{(254 * rate + math.log(moe.N_SYMBOLS)) / 255:.4f}" == "1.1217"
+    assert "1.1097" in moe.synthetic_texts.__doc__ and "1.1217 in rows of 256" in moe.synthetic_texts.__doc__
     assert not set(texts[0]) & set(moe.synthetic_texts(0, "validation", 400, config))
 
 
