@@ -373,7 +373,9 @@ def make_stream(name, split, n_rows, tokenizer, config):
             break
     if len(ids) < 2:
         raise InputError(f"--domains {name}: holds no text for the {split} split")
-    ids, positions = (np.array(values[: n_tokens or None], dtype=np.int32) for values in (ids, positions))
+    n = min(len(ids), n_tokens or len(ids))
+    n -= n % config.max_length == 1  # a row of one token predicts nothing
+    ids, positions = (np.array(values[:n], dtype=np.int32) for values in (ids, positions))
     offset = np.arange(len(ids)) % config.max_length
     return Stream(name, ids, np.minimum(positions, offset), config.max_length)
 

@@ -519,6 +519,16 @@ def test_streams_hold_documents_whole_and_splits_apart(tmp_path):
     assert "".join(pieces) == "12345\n" * 1000 and 40 < len(pieces) < 60 and all(p.endswith("\n") for p in pieces)
 
 
+def test_no_row_has_one_token_alone(monkeypatch):
+    """A stream of 9 tokens in rows of 8 would end in a row of one token, and a forward of that row has no position."""
+    for n_rows, length, lengths in ((0, 9, [8]), (3, 9, [8]), (0, 10, [8, 2]), (0, 3, [3])):
+        monkeypatch.setattr(moe, "documents", lambda *_: ["x" * (length - 1)])  # and the end-of-text token
+        stream = moe.make_stream("any", "train", n_rows, char_tokenizer(), Config(max_length=8))
+        assert [len(stream.row(i)[0]) for i in range(len(stream))] == lengths
+        logps_BS = moe.RoutedPolicy(small_model())(collate_rows([stream], [(0, len(stream) - 1)], CPU))[0]
+        assert logps_BS.shape == (1, lengths[-1] - 1)
+
+
 def test_synthetic_languages_differ_and_follow_their_rule():
     config = Config(max_length=64)
     texts = [moe.synthetic_texts(domain, "train", 400, config) for domain in (0, 1)]
