@@ -1431,6 +1431,19 @@ def check_config(config):
         raise InputError("--from_scratch: `tiny` is drawn from scratch anyway")
 
 
+def check_sources(config):
+    """Raises InputError where the dense model stands in --output_dir, or data that --overwrite would delete."""
+    run, dense = Path(config.output_dir).resolve(), Path(config.upcycle).resolve()
+    if config.upcycle and run in (dense, *dense.parents):
+        raise InputError(f"--output_dir {config.output_dir}: --upcycle {config.upcycle} is in it")
+    for name in parse_domains(config.domains) if config.overwrite else ():
+        for found in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):
+            for path in (found.resolve(), *(file.resolve() for file in found.glob("data/*"))):  # a folder's files
+                if run in (path, *path.parents):
+                    raise InputError(f"--output_dir {config.output_dir}: --overwrite would delete data of --domains "
+                                     f"{name}: {path}")
+
+
 def check_micro_batches(config, resume):
     """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
     scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "bias", "none"}
@@ -1449,6 +1462,7 @@ SHOWN = ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm") 
 def main(config):
     check_frame(config)
     check_config(config)
+    check_sources(config)
     names, given = zip(*parse_domains(config.domains).items())
     world = start_world(config)
     args = run_args(config, world)

@@ -654,6 +654,33 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_read_is_never_deleted(tmp_path):
+    """--overwrite in a folder with the dense model or the data in it is refused, and nothing is gone afterwards."""
+    for folder in ("run/dense", "run/set/data", "apart/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    run, apart, data = tmp_path / "run", tmp_path / "apart", tmp_path / "run" / "data.jsonl"
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(400))
+    for file in (data, run / "set" / "data" / "train.jsonl", apart / "data" / "train.jsonl"):
+        file.write_text(rows)
+    (run / "args.json").write_text("{}")
+    (apart / "data" / "args.json").write_text("{}")
+    dense_model().save_pretrained(run / "dense")
+    char_tokenizer().save_pretrained(run / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    tries = [(run / "dense", dict(upcycle=str(run / "dense")), "--upcycle .* is in it"),
+             (run, dict(upcycle=str(run / "dense")), "--upcycle .* is in it"),
+             (run, dict(domains=f"chain,{data}"), "--overwrite would delete data of --domains .*data.jsonl"),
+             (run, dict(domains=f"{run}/*.jsonl"), "--overwrite would delete"),
+             (run, dict(domains=str(run / "set")), "--overwrite would delete"),
+             (apart / "data", dict(domains=str(apart)), "--overwrite would delete")]
+    for output_dir, flags, message in tries:
+        with pytest.raises(InputError, match=f"^--output_dir [^\n]*{message}[^\n]*$"):
+            moe.main(Config(**{**TINY_RUN, **flags}, output_dir=str(output_dir), overwrite=True))
+        assert sorted(tmp_path.rglob("*")) == before
+    moe.check_sources(Config(output_dir=str(tmp_path / "other"), domains=f"chain,{data}", overwrite=True))
+    moe.check_sources(Config(output_dir=str(run), domains=f"chain,{data}"))
+
+
 @pytest.mark.parametrize("flags, refused", [
     (dict(balance="global"), True), (dict(balance="micro"), True), (dict(balance="sync"), True),
     (dict(balance="shuffle"), True), (dict(balance="exact"), False), (dict(balance="bias"), False),
