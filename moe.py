@@ -87,7 +87,7 @@ class Config:
     balance_coef: float = flag(0.01, "weight of the load-balancing loss, which is 1 at balance (the paper: 0.008)")
     balance_rows: int = flag(0, "rows that share one f under `micro` and `shuffle`; 0: all rows of a forward")
     balance_switch: str = flag("", "another --balance from a step on, such as micro@500; empty: never")
-    micro_fraction: float = flag(0.0, "adds `micro`'s loss at this fraction of balance_coef (the paper: 0.01)")
+    micro_fraction: float = flag(0.0, "adds `micro`'s loss, in every scope, at this part of balance_coef (paper: 0.01)")
     z_loss_coef: float = flag(0.001, "weight of the squared logsumexp of the router's logits (ST-MoE: 0.001)")
     bias_rate: float = flag(0.001, "`bias`: step of the selection bias after each optimizer step")
     bias_rule: str = flag("sign", "`bias`: sign of the missing load, or proportional to it")
@@ -830,7 +830,7 @@ class Balance:
     global     those and all before them in the optimizer step: the paper's buffer, its Algorithm 1
     exact      the whole step, counted in a forward pass of its own: what `global` approaches; for tests
     shuffle    as many tokens as under micro, but drawn from the whole step: the paper's control; counted as exact is
-    bias, none    nothing: no such loss
+    bias, none    nothing: no such loss, but for the one that --micro_fraction adds in every scope
     """
 
     def __init__(self, policy, names, config, world):
@@ -908,13 +908,14 @@ class Balance:
         logps_BS, logits_LNE, probs_LNE, chosen_LNE, micro_GN = self.measure(policy, batch, self.routing)
         loss = nll_loss(logps_BS, batch.mask_BS, n_tokens)
         with torch.autocast(self.world.device.type, enabled=False):  # a count in bfloat16 would stop at 256
+            found_L = probs_LNE.new_zeros(self.n_layers)
             if self.scope not in ("bias", "none"):
                 counts_LGE, member_GN = self.group_counts(batch, chosen_LNE, micro_GN)
                 found_L = balance_loss(member_GN @ probs_LNE, counts_LGE, n_tokens)
-                if config.micro_fraction:
-                    local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
-                    found_L = found_L + config.micro_fraction * local_L
-                loss = loss + config.balance_coef * found_L.mean()
+            if config.micro_fraction:
+                local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
+                found_L = found_L + config.micro_fraction * local_L
+            loss = loss + config.balance_coef * found_L.mean()
             if config.z_loss_coef:
                 loss = loss + config.z_loss_coef * z_loss(logits_LNE, batch.mask_BS.flatten(), n_tokens).mean()
         return loss, {}
@@ -1427,6 +1428,10 @@ def check_config(config):
         raise InputError("--num_experts_per_tok 1: needs --norm_topk_prob False, or the router would get no gradient")
     if config.upcycle and (not config.norm_topk_prob or config.from_scratch or config.reinit > 1):
         raise InputError("--upcycle: needs --norm_topk_prob True, no --from_scratch, and --reinit up to 1")
+    if config.upcycle and config.model_name_or_path != "tiny":
+        raise InputError(f"--model_name_or_path {config.model_name_or_path}: goes unread beside --upcycle; give one")
+    if config.reinit and not config.upcycle:
+        raise InputError(f"--reinit {config.reinit}: needs --upcycle")
     if config.from_scratch and config.model_name_or_path == "tiny":
         raise InputError("--from_scratch: `tiny` is drawn from scratch anyway")
 
@@ -1446,8 +1451,8 @@ def check_sources(config):
 
 def check_micro_batches(config, resume):
     """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
-    scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "bias", "none"}
-    if not resume or not (scopes if config.micro_fraction else scopes - {"sequence", "exact"}):
+    scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "sequence", "exact", "bias", "none"}
+    if not resume or not (scopes or config.micro_fraction):
         return
     before = json.loads((Path(config.output_dir) / "args.json").read_text())["flags"]
     for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):

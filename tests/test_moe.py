@@ -300,6 +300,18 @@ def test_the_gate_feels_the_coefficient_in_every_scope():
     assert not same(with_z, without, 1e-4)
 
 
+def test_the_local_loss_acts_in_every_scope():
+    """--micro_fraction adds that share of `micro`'s loss, where a bias or nothing else balances, too."""
+    for scope in SCOPES:
+        flags = dict(balance=scope, balance_coef=0.5, balance_rows=1)
+        without, with_it = (step_of(moe.RoutedPolicy(small_model()), ALONE, 2, micro_fraction=fraction, **flags)
+                            for fraction in (0.0, 0.1))
+        added = 0.1 * 0.5 * without[0]["balance/micro"]
+        assert with_it[0]["loss"] - without[0]["loss"] == pytest.approx(added, abs=1e-9) and added > 0.05, scope
+        felt = max(float((with_it[1][name] - without[1][name]).abs().max()) for name in with_it[1] if "gate" in name)
+        assert felt > 1e-5, scope
+
+
 def test_shuffled_groups_keep_their_sizes_and_use_every_token_once():
     model, streams = small_model(), ragged_streams()
     policy = moe.RoutedPolicy(model)
@@ -644,6 +656,8 @@ def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
      (dict(balance_switch="micro"), "--balance_switch micro"), (dict(balance_coef=-1.0), "--balance_coef -1.0"),
      (dict(domains="nowhere.jsonl"), "nowhere.jsonl"), (dict(domains="chain=0"), "--domains chain=0"),
      (dict(from_scratch=True), "--from_scratch"), (dict(upcycle="tiny", norm_topk_prob=False), "--upcycle"),
+     (dict(reinit=0.5), "--reinit 0.5"),
+     (dict(upcycle="owner/dense", model_name_or_path="owner/moe"), "--model_name_or_path owner/moe"),
      (dict(model_name_or_path="no/such/model"), "--model_name_or_path no/such/model"),
      (dict(max_length=1), "--max_length 1"), (dict(balance_coef=float("nan")), "--balance_coef nan")],
 )
@@ -684,7 +698,8 @@ def test_what_is_read_is_never_deleted(tmp_path):
 @pytest.mark.parametrize("flags, refused", [
     (dict(balance="global"), True), (dict(balance="micro"), True), (dict(balance="sync"), True),
     (dict(balance="shuffle"), True), (dict(balance="exact"), False), (dict(balance="bias"), False),
-    (dict(balance="exact", micro_fraction=0.01), True), (dict(balance="bias", micro_fraction=0.01), False),
+    (dict(balance="exact", micro_fraction=0.01), True), (dict(balance="bias", micro_fraction=0.01), True),
+    (dict(balance="none"), False), (dict(balance="none", micro_fraction=0.01), True),
     (dict(balance="none", balance_switch="micro@5"), True),
 ])
 def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, flags, refused):
