@@ -94,7 +94,8 @@ class Config:
     domains: str = flag("code,docs,chain", "what to mix: code, docs, chain, synthetic:8, gsm8k, files, folders, hub "
                         "names; each may have a weight, as in docs=2")
     mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional or unimax")
-    unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often; the rest is shared evenly")
+    unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often (a run that would have to is "
+                                "refused); the rest is shared evenly")
     prompt_template: str = flag("{prompt}", "text around the prompts of problem sets, with {prompt} where it goes")
     n_train: int = flag(1500, "rows of max_length tokens to read of each domain at most; 0: all there is")
     output_dir: str = flag("runs/moe", "the run's folder: model, args.json, metrics.jsonl, curves.png, experts.png")
@@ -383,8 +384,9 @@ def make_stream(name, split, n_rows, tokenizer, config):
 def mixture_weights(sizes, mixture, budget, epochs):
     """The shares at which domains of these sizes are drawn, summing to 1; budget: rows that will be drawn in all.
 
-    `unimax` shares the budget evenly, but passes over no domain more than `epochs` times, smallest domains first.
-    Source: UniMax (2304.09151), Algorithm 1.
+    `unimax` shares the budget evenly, but passes over no domain more than `epochs` times, smallest domains first (on
+    average: rows are drawn at random). InputError where that leaves a part of the budget. Source: UniMax (2304.09151),
+    Algorithm 1.
     >>> mixture_weights([10, 100, 1000], "unimax", 300, 4).tolist()
     [0.13333333333333333, 0.43333333333333335, 0.43333333333333335]
     """
@@ -393,6 +395,9 @@ def mixture_weights(sizes, mixture, budget, epochs):
         for done, i in enumerate(np.argsort(sizes)):
             rows[i] = min(budget / (len(sizes) - done), epochs * sizes[i])
             budget -= rows[i]
+        if budget > 1e-6:  # all are read as often as allowed, and shares would be scaled up to read them more often
+            raise InputError(f"--unimax_epochs {epochs:g}: the domains hold {sum(sizes)} rows, and the run draws "
+                             f"{rows.sum() + budget:.0f}; fewer steps, more data or more epochs")
     return rows / rows.sum()
 
 

@@ -489,6 +489,10 @@ def test_domains_and_weights():
     assert moe.mixture_weights([10, 30], "proportional", 100, 1).tolist() == [0.25, 0.75]
     rows = 300 * moe.mixture_weights([100, 1000, 10], "unimax", 300, 4)
     assert rows.tolist() == pytest.approx([130, 130, 40])
+    for budget in (300, 440):  # 440: all that four passes hold
+        assert (budget * moe.mixture_weights([100, 10], "unimax", budget, 4) <= [400 + 1e-9, 40 + 1e-9]).all()
+    with pytest.raises(InputError, match="^--unimax_epochs 4: the domains hold 110 rows, and the run draws 441;"):
+        moe.mixture_weights([100, 10], "unimax", 441, 4)
 
 
 def test_the_plan_repeats_and_passes_are_whole():
