@@ -601,6 +601,17 @@ def upcycle(dense, config):
     return model
 
 
+def saved_router(folder):
+    """What Qwen3-MoE cannot hold, {"gate", "bias_LE"}, of a run's folder or of one of its checkpoints; {}: nothing."""
+    beside, tensors = folder / "router.json", folder / "tensors.safetensors"
+    if beside.is_file():
+        return json.loads(beside.read_text())
+    saved = load_file(tensors) if tensors.is_file() else {}
+    if "sigmoid" not in saved:  # another script's
+        return {}
+    return {"gate": "sigmoid" if saved["sigmoid"] else "softmax", "bias_LE": saved["bias_LE"].tolist()}
+
+
 def load_start(config, resume):
     """The Qwen3-MoE to train, its layers ours, and its tokenizer: from the checkpoint, or as the flags say."""
     name, router = config.upcycle or config.model_name_or_path, {}
@@ -619,8 +630,7 @@ def load_start(config, resume):
             tokenizer.chat_template = None
     else:
         model, tokenizer = load_model(name, chat_template=config.chat_template)
-        beside = Path(name) / "router.json"
-        router = json.loads(beside.read_text()) if beside.is_file() else {}
+        router = saved_router(Path(name))
     if config.upcycle and (config.fsdp or not resume):
         if not isinstance(model, Qwen3ForCausalLM) or model.config.use_sliding_window:
             raise InputError(f"--upcycle {name}: is a {type(model).__name__}, not a dense Qwen3 with full attention")
@@ -1532,7 +1542,8 @@ def main(config):
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            {"bias_LE": bias_of(unwrap(policy).model).cpu()})
+                            {"bias_LE": bias_of(unwrap(policy).model).cpu(),
+                             "sigmoid": torch.tensor(config.gate == "sigmoid")})
         if stopping and not last:
             leave(run, state, stopping)
     save_router(run, policy, held_out or streams, config, world)

@@ -626,8 +626,12 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
     assert float((plain - whole).abs().max()) == pytest.approx(router["without/logp_difference"], rel=1e-4)
     assert float((whole - plain).sum() / batch.mask_BS.sum()) == pytest.approx(router["without/nll_difference"],
                                                                                abs=1e-5)
-    with pytest.raises(InputError, match="--gate softmax"):
-        moe.load_start(Config(model_name_or_path=str(run)), None)
+    (checkpoint,) = run.glob("checkpoints/step_*")
+    again, _ = moe.load_start(Config(model_name_or_path=str(checkpoint), gate="sigmoid"), None)
+    assert moe.bias_of(again).tolist() == router["bias_LE"]
+    for folder in (run, checkpoint):
+        with pytest.raises(InputError, match=f"--gate softmax: {folder} was trained with sigmoid"):
+            moe.load_start(Config(model_name_or_path=str(folder)), None)
 
 
 def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
