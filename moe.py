@@ -10,7 +10,7 @@ counts travel. It is 1 at balance and E / K where all tokens choose the same K e
 taken by layer, while transformers' pools all layers first and cannot see collapsed layers that make up for each other.
 transformers' router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm
 1: weighted by tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py,
-grpo.py and eval.py read them. A token counts where its successor is trained: padding and the ends of documents never do.
+grpo.py and eval.py read them. A token counts where its successor is trained: never padding, nor the ends of documents.
 
 Dimensions: B rows · T tokens · S = T - 1 predicting positions · N = B S · C those that count · D model width ·
 E experts · K chosen · L layers · G groups of tokens that share one f · M domains.
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from array import array
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +94,8 @@ class Config:
     bias_rule: str = flag("sign", "`bias`: sign of the missing load, or proportional to it")
     domains: str = flag("code,docs,chain", "what to mix: code, docs, chain, synthetic:8, gsm8k, files, folders, hub "
                         "names; each may have a weight, as in docs=2")
-    mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional or unimax")
+    mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional (to the rows read, "
+                         "n_train at most) or unimax")
     unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often (a run that would have to is "
                                 "refused); the rest is shared evenly")
     prompt_template: str = flag("{prompt}", "text around the prompts of problem sets, with {prompt} where it goes")
@@ -365,11 +367,11 @@ def synthetic_texts(domain, split, n, config):
 
 def make_stream(name, split, n_rows, tokenizer, config):
     """The Stream of a domain's split, n_rows rows at most (0: all). InputError where there is no text at all."""
-    n_tokens, ids, positions = n_rows * config.max_length, [], []
+    n_tokens, ids, positions = n_rows * config.max_length, array("i"), array("i")  # a list takes 70 bytes a token
     end = [] if name.startswith("synthetic:") else [tokenizer.eos_token_id]  # its texts fill their rows
     for text in documents(name, split, n_tokens, config):
-        ids += tokenizer(text, add_special_tokens=False).input_ids + end
-        positions += range(len(ids) - len(positions))
+        ids.extend(tokenizer(text, add_special_tokens=False).input_ids + end)
+        positions.extend(range(len(ids) - len(positions)))
         if n_tokens and len(ids) >= n_tokens:
             break
     if len(ids) < 2:
@@ -1348,7 +1350,8 @@ def launch(main, Config):
 
 def evaluate_routing(run, step, policy, balance, streams, config, world):
     """The measures of training on held-out rows of every domain: numbers to log under eval/; counts to experts.json."""
-    picks = [(domain, row) for domain, stream in enumerate(streams) for row in range(len(stream))]
+    picks = [(domain, row) for row in range(max(map(len, streams)))  # in turns: forwards mix domains as in training
+             for domain, stream in enumerate(streams) if row < len(stream)]
     parts = micro_batches([len(streams[domain].row(row)[0]) for domain, row in picks],
                           config.per_device_train_batch_size, config.micro_batch_tokens, world)
     routing = balance.new_routing()

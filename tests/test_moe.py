@@ -394,6 +394,19 @@ def test_packed_documents_do_not_see_each_other():
     assert collate_rows(streams, [(1, 1)], CPU).positions_BT is None  # one document: no mask is needed
 
 
+def test_evaluation_mixes_domains_in_a_forward_as_training_does(tmp_path, monkeypatch):
+    """Else f of a forward would be one domain's, and eval/balance/micro another thing than balance/micro."""
+    seen, collate = [], moe.collate_rows
+    monkeypatch.setattr(moe, "collate_rows", lambda streams, picks, device: (
+        seen.append(picks), collate(streams, picks, device))[1])
+    config, streams = Config(**SMALL, per_device_train_batch_size=2), ragged_streams()
+    policy = moe.RoutedPolicy(small_model())
+    moe.evaluate_routing(tmp_path, 0, policy, Balance(policy, ["a", "b"], config, ALONE), streams, config, ALONE)
+    assert all({domain for domain, _ in picks} == {0, 1} for picks in seen[:-1]) and len(seen) == 5
+    everything = sorted((domain, row) for domain, stream in enumerate(streams) for row in range(len(stream)))
+    assert sorted(pick for picks in seen for pick in picks) == everything
+
+
 def test_measures_are_what_they_say():
     counts_LME = torch.tensor(
         [[[8.0, 0, 0, 0], [0, 4, 4, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [2, 2, 2, 2], [0, 0, 0, 0]]]
