@@ -7,9 +7,10 @@
     sharded_mask  S2-Attention's sharded heterogeneous pattern, as a mask function for FlexAttention
 
 How: matrix products stay with cuBLAS, which needs no help; between them one Triton program walks one row, so every
-kernel is a loop over columns with a few running numbers, limited by memory alone. Logits live in a bounded workspace:
-the forward pass keeps one number a row (the logsumexp), and the backward pass makes the logits again, except those that
-the workspace still holds: 8NVD instead of 6NVD FLOPs, and 2 GB instead of tens.
+kernel is a loop over columns with a few running numbers, limited by memory alone (but not with many targets a row: the
+gradient compares each column with all K of them). Logits live in a bounded workspace: the forward pass keeps one number
+a row (the logsumexp), and the backward pass makes the logits again, except those that the workspace still holds: 8NVD
+instead of 6NVD FLOPs, and 2 GB instead of tens.
 Against Liger-Kernel's fused loss: any loss can sit on top (log-probabilities come out, arbitrary gradients go in,
 entropy's too), and chunks are as large as the workspace allows, because each chunk reads and writes all of dW.
 
@@ -71,17 +72,27 @@ def launch_rows(kernel, rows, width, *args):
 
 
 @jit
-def softmax_row(row, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """(logsumexp, entropy) of one row in one pass. Source: online softmax, Milakov & Gimelshein 2018; u is ours."""
+def floored(logp):
+    """logp, at least -1e4; a NaN stays one, while tl.maximum would drop it and make a broken row's loss finite."""
+    return tl.where(logp < -1e4, -1e4, logp)
+
+
+@jit
+def softmax_row(row, stride, GAIN: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """(logsumexp, entropy) of one row in one pass. Source: online softmax, Milakov & Gimelshein 2018; u is ours.
+
+    Loads and stores of a row of logits end where its stride does, not at V: with an odd V and padded rows they stay 16
+    bytes wide. So a row must own its whole stride; what stands in the padding counts for nothing.
+    """
     m = tl.full([], -1e30, row.dtype.element_ty)  # largest logit so far; finite, so that m - m is never inf - inf
     s = tl.full([], 0, row.dtype.element_ty)  # sum of exp(z - m)
     u = tl.full([], 0, row.dtype.element_ty)  # sum of exp(z - m) (z - m)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = soft_cap(tl.load(row + columns, mask=columns < V, other=0), GAIN)
+        z = soft_cap(tl.load(row + columns, mask=columns < stride, other=0), GAIN)
         z = tl.where(columns < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 0))
-        shifted = tl.maximum(z - m_new, -1e4)  # exp gives 0 all the same, and 0 * -1e4 is not NaN
+        shifted = floored(z - m_new)  # exp gives 0 all the same, and 0 * -1e4 is not NaN
         e = tl.exp(shifted)
         shrink = tl.exp(m - m_new)
         u = shrink * (u + s * (m - m_new)) + tl.sum(e * shifted, 0)
@@ -103,7 +114,7 @@ def logps_kernel(z, z_stride, targets, logps, entropy, lse, K: tl.constexpr, GAI
                  BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)  # rows times columns pass 2^31
     z += n * z_stride
-    lse_n, entropy_n = softmax_row(z, GAIN, V, BLOCK)
+    lse_n, entropy_n = softmax_row(z, z_stride, GAIN, V, BLOCK)
     tl.store(lse + n, lse_n)
     if entropy is not None:  # a None argument is known when compiling: without it, its arithmetic disappears too
         tl.store(entropy + n, entropy_n)
@@ -140,8 +151,8 @@ def logps_grad_kernel(z, z_stride, targets, entropy, lse, g_logps, g_entropy, dz
         g_sum += tl.load(g_logps + n * K + k)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z_raw = tl.load(z + columns, mask=columns < V, other=0)
-        logp = tl.maximum(soft_cap(z_raw, GAIN) - lse_n, -1e4)
+        z_raw = tl.load(z + columns, mask=columns < z_stride, other=0)
+        logp = floored(soft_cap(z_raw, GAIN) - lse_n)
         if g_entropy is None:
             d = -tl.exp(logp) * g_sum
         else:
@@ -151,7 +162,7 @@ def logps_grad_kernel(z, z_stride, targets, entropy, lse, g_logps, g_entropy, dz
         if GAIN is not None:
             tanh = soft_cap(z_raw, 1.0)
             d *= GAIN * (1 - tanh * tanh)
-        tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < V)
+        tl.store(dz + columns, d.to(dz.dtype.element_ty), mask=columns < dz_stride)
 
 
 def logps_grad_triton(z_BV, targets_BK, results, grads, dz_BV, gain):
@@ -185,11 +196,11 @@ def logps_grad_torch(z_BV, targets_BK, results, grads, dz_BV, gain):
 
 
 @jit
-def kl_terms(s, t, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr, V: tl.constexpr):
-    """Per column (student's probability, divergence's term, w), w as in kl_triton."""
+def kl_terms(s, s_stride, t, t_stride, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr, V: tl.constexpr):
+    """Per column (student's probability, divergence's term, w), w as in kl_triton; past V they are 0, 0 and finite."""
     inside = columns < V
-    s_logp = tl.where(inside, tl.maximum(tl.load(s + columns, mask=inside, other=0) - s_lse, -1e4), -1e4)
-    t_logp = tl.where(inside, tl.maximum(tl.load(t + columns, mask=inside, other=0) - t_lse, -1e4), -1e4)
+    s_logp = tl.where(inside, floored(tl.load(s + columns, mask=columns < s_stride, other=0) - s_lse), -1e4)
+    t_logp = tl.where(inside, floored(tl.load(t + columns, mask=columns < t_stride, other=0) - t_lse), -1e4)
     s_p, t_p = tl.exp(s_logp), tl.exp(t_logp)
     if KIND == "forward":
         w = t_p
@@ -198,7 +209,8 @@ def kl_terms(s, t, columns, s_lse, t_lse, KIND: tl.constexpr, BETA: tl.constexpr
         w = s_logp - t_logp
         term = s_p * w
     else:
-        m_logp = tl.log(tl.maximum(BETA * t_p + (1 - BETA) * s_p, 1e-37))  # the log of 0 would meet a 0
+        m = BETA * t_p + (1 - BETA) * s_p
+        m_logp = tl.log(tl.where(m < 1e-37, 1e-37, m))  # the log of 0 would meet a 0; a NaN stays one
         w = (1 - BETA) * (s_logp - m_logp)
         term = BETA * t_p * (t_logp - m_logp) + s_p * w
     return s_p, term, w
@@ -210,12 +222,12 @@ def kl_kernel(s, s_stride, t, t_stride, kl, mean, s_lse, t_lse, KIND: tl.constex
     n = tl.program_id(0).to(tl.int64)
     s += n * s_stride
     t += n * t_stride
-    s_lse_n, _ = softmax_row(s, None, V, BLOCK)
-    t_lse_n, _ = softmax_row(t, None, V, BLOCK)
+    s_lse_n, _ = softmax_row(s, s_stride, None, V, BLOCK)
+    t_lse_n, _ = softmax_row(t, t_stride, None, V, BLOCK)
     kl_n = tl.full([], 0, s.dtype.element_ty)
     mean_n = tl.full([], 0, s.dtype.element_ty)
     for start in range(0, V, BLOCK):
-        s_p, term, w = kl_terms(s, t, start + tl.arange(0, BLOCK), s_lse_n, t_lse_n, KIND, BETA, V)
+        s_p, term, w = kl_terms(s, s_stride, t, t_stride, start + tl.arange(0, BLOCK), s_lse_n, t_lse_n, KIND, BETA, V)
         kl_n += tl.sum(term, 0)
         mean_n += tl.sum(s_p * w, 0)
     tl.store(kl + n, kl_n)
@@ -233,12 +245,12 @@ def kl_grad_kernel(s, s_stride, t, t_stride, mean, s_lse, t_lse, g, dz, dz_strid
     s_lse_n, t_lse_n, mean_n, g_n = tl.load(s_lse + n), tl.load(t_lse + n), tl.load(mean + n), tl.load(g + n)
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s_p, term, w = kl_terms(s, t, columns, s_lse_n, t_lse_n, KIND, BETA, V)
+        s_p, term, w = kl_terms(s, s_stride, t, t_stride, columns, s_lse_n, t_lse_n, KIND, BETA, V)
         if KIND == "forward":
             d = g_n * (s_p - w)
         else:
             d = g_n * s_p * (w - mean_n)
-        tl.store(dz + n * dz_stride + columns, d.to(dz.dtype.element_ty), mask=columns < V)
+        tl.store(dz + n * dz_stride + columns, d.to(dz.dtype.element_ty), mask=columns < dz_stride)
 
 
 def kl_triton(s_BV, t_BV, kind, beta):
@@ -345,7 +357,10 @@ def operand(tensor, plan):
 
 
 def aligned_rows(B, V, dtype, device):
-    """Uninitialised [B, V]; on a GPU its rows start at multiples of 64 elements, vocabularies being odd numbers."""
+    """Uninitialised [B, V]; on a GPU its rows start at multiples of 64 elements, vocabularies being odd numbers.
+
+    The kernels read and write the padding, too, so that it belongs to its row and to nothing else.
+    """
     width = math.ceil(V / 64) * 64 if device.type == "cuda" else V
     return torch.empty(B, width, dtype=dtype, device=device)[:, :V]
 
@@ -561,11 +576,11 @@ class SwiGLU(torch.autograd.Function):
             launch_rows(swiglu_grad_kernel, *g_SI.shape, gate_up_SF, w_S, g_SI, d_gate_up_SF, d_w_S)
             return d_gate_up_SF, d_w_S
         gate_SI, up_SI = gate_up_SF.chunk(2, -1)
-        sigmoid_SI = gate_SI.sigmoid()
-        silu_SI, gw_SI = gate_SI * sigmoid_SI, g_SI * w_S[:, None]
-        d_gate_SI = gw_SI * up_SI * (sigmoid_SI + silu_SI * (1 - sigmoid_SI))
-        d_gate_up_SF = torch.cat([d_gate_SI, gw_SI * silu_SI], -1).to(gate_up_SF.dtype)
-        return d_gate_up_SF, (g_SI * silu_SI * up_SI).sum(-1, dtype=w_S.dtype)
+        d_gate_up_SF, silu_SI, gw_SI = torch.empty_like(gate_up_SF), F.silu(gate_SI), g_SI * w_S[:, None]
+        d_gate_SI, d_up_SI = d_gate_up_SF.chunk(2, -1)  # written in place: joining two halves would copy both
+        torch.mul(gw_SI, silu_SI, out=d_up_SI)
+        torch.ops.aten.silu_backward.grad_input(gw_SI.mul_(up_SI), gate_SI, grad_input=d_gate_SI)
+        return d_gate_up_SF, silu_SI.mul_(up_SI).mul_(g_SI).sum(-1, dtype=w_S.dtype)
 
 
 @jit
@@ -583,7 +598,7 @@ def gather_sum_kernel(y, slots, out, K: tl.constexpr, D: tl.constexpr, BLOCK: tl
 def gather_sum(y_SD, slots_NK):
     """Row n of [N, D]: sum over k of y[slots[n, k]], in fp32, in a fixed order, no atomics. Bytes (bf16): 2D(K + 1)."""
     if not use_triton(y_SD):
-        return y_SD[slots_NK].sum(1)
+        return F.embedding_bag(slots_NK, y_SD, mode="sum")  # its gradient is never asked for: see Route
     out_ND = y_SD.new_empty(len(slots_NK), y_SD.shape[1])
     launch_rows(gather_sum_kernel, *out_ND.shape, y_SD, slots_NK, out_ND, slots_NK.shape[1])
     return out_ND
@@ -603,11 +618,20 @@ class Route(torch.autograd.Function):
         return Route.apply(g.contiguous(), *ctx.saved_tensors, not ctx.spread), None, None, None
 
 
+def fills_empty_groups(device):
+    """True where grouped_mm's weight gradient of a group without rows is not zero: on a B200 (PyTorch issue 172439)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def grouped_linear(x_SD, weight_EID, ends_E):
     """x[start_e:end_e] @ weight_e^T for every expert e, [S, I]; ends_E (int32) ascends to S. FLOPs: 2SDI."""
-    aligned = x_SD.dtype == torch.bfloat16 and weight_EID.shape[1] % 8 == 0 and weight_EID.shape[2] % 8 == 0
-    if aligned and len(x_SD):  # the product wants rows at multiples of 16 bytes, and has fast code for bf16 alone
-        return F.grouped_mm(x_SD, weight_EID.transpose(-2, -1), offs=ends_E)
+    aligned = weight_EID.shape[1] % 8 == 0 and weight_EID.shape[2] % 8 == 0  # it wants rows at multiples of 16 bytes
+    if x_SD.dtype in (torch.bfloat16, torch.float32) and aligned and len(x_SD):  # on a GPU, bf16 alone has fast code
+        weight_EDI = weight_EID.transpose(-2, -1)
+        if weight_EDI.requires_grad and fills_empty_groups(x_SD.device):
+            empty_E11 = (torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0)[:, None, None]
+            weight_EDI.register_hook(lambda g_EDI: g_EDI.masked_fill(empty_E11, 0))
+        return F.grouped_mm(x_SD, weight_EDI, offs=ends_E)
     counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
     # unbind, because indexing weight[e] would give every expert a gradient of all experts' size
     return torch.cat([F.linear(x, weight) for x, weight in zip(x_SD.split(counts), weight_EID.unbind())])
@@ -639,12 +663,14 @@ def moe_experts(x_ND, ids_NK, weights_NK, gate_up_EFD, down_EDI):
 
 
 def sharded_mask(n_heads, n_kv_heads, stride, local_blocks=1, block=64, documents_BT=None):
-    """S2-Attention's pattern as a mask function (b, h, q, k) -> bool for FlexAttention's create_block_mask(H=n_heads).
+    """S2-Attention's pattern as a mask function (b, h, q, k) -> bool for FlexAttention.
 
-    A query sees, causally, the last local_blocks blocks of keys, and of the older ones every stride-th, each key-value
-    head another shard: with at least stride heads the union is the whole context. documents_BT holds the number of each
-    token's document in a packed batch; attention never crosses documents. FLOPs and bytes: about 1 / stride of dense
-    attention for long contexts, as whole blocks are skipped. Source: S2-Attention (2407.17678).
+    Use it as create_block_mask(mask, B, n_heads, T, T, BLOCK_SIZE=block): with the default of 128, blocks of another
+    size would be computed whole and only masked. A query sees, causally, the last local_blocks blocks of keys, and of
+    the older ones every stride-th, each key-value head another shard: with at least stride key-value heads the union is
+    the whole context. documents_BT holds the number of each token's document in a packed batch; attention never crosses
+    documents. FLOPs and bytes: about 1 / stride of dense attention for long contexts, as whole blocks are skipped.
+    Source: S2-Attention (2407.17678).
     """
     step = max(1, stride // n_kv_heads)
 

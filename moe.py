@@ -6,11 +6,11 @@ r"""A mixture-of-experts language model whose experts specialise, because balanc
 f carries no gradient. What matters is the tokens f is counted over, `--balance`: within one micro-batch, often of one
 domain, every expert must serve every domain (what frameworks did for long); over all processes and micro-batches of an
 optimizer step (`global`), experts may each have a domain of their own. LBL is linear in P, so only the [layers, E]
-counts travel. It is 1 at balance and E / K where all tokens choose the same K experts; it is taken by layer, while
-transformers' pools all layers first and cannot see collapsed layers that make up for each other. transformers'
-router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm 1: weighted by
-tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py, grpo.py and
-eval.py read them. A token counts where its successor is trained: padding and the ends of documents never do.
+counts travel. It is 1 at balance and E / K where all tokens choose the same K experts with all their probability; it is
+taken by layer, while transformers' pools all layers first and cannot see collapsed layers that make up for each other.
+transformers' router_aux_loss_coef = balance_coef / K. Source: Demons in the Detail (2501.11873); against its Algorithm
+1: weighted by tokens, so ragged micro-batches give the exact loss. Checkpoints are transformers' Qwen3-MoE, and sft.py,
+grpo.py and eval.py read them. A token counts where its successor is trained: never padding, nor the ends of documents.
 
 Dimensions: B rows · T tokens · S = T - 1 predicting positions · N = B S · C those that count · D model width ·
 E experts · K chosen · L layers · G groups of tokens that share one f · M domains.
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from array import array
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -87,14 +88,16 @@ class Config:
     balance_coef: float = flag(0.01, "weight of the load-balancing loss, which is 1 at balance (the paper: 0.008)")
     balance_rows: int = flag(0, "rows that share one f under `micro` and `shuffle`; 0: all rows of a forward")
     balance_switch: str = flag("", "another --balance from a step on, such as micro@500; empty: never")
-    micro_fraction: float = flag(0.0, "adds `micro`'s loss at this fraction of balance_coef (the paper: 0.01)")
+    micro_fraction: float = flag(0.0, "adds `micro`'s loss, in every scope, at this part of balance_coef (paper: 0.01)")
     z_loss_coef: float = flag(0.001, "weight of the squared logsumexp of the router's logits (ST-MoE: 0.001)")
     bias_rate: float = flag(0.001, "`bias`: step of the selection bias after each optimizer step")
     bias_rule: str = flag("sign", "`bias`: sign of the missing load, or proportional to it")
     domains: str = flag("code,docs,chain", "what to mix: code, docs, chain, synthetic:8, gsm8k, files, folders, hub "
                         "names; each may have a weight, as in docs=2")
-    mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional or unimax")
-    unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often; the rest is shared evenly")
+    mixture: str = flag("uniform", "weights of domains that have none given: uniform, proportional (to the rows read, "
+                         "n_train at most) or unimax")
+    unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often (a run that would have to is "
+                                "refused); the rest is shared evenly")
     prompt_template: str = flag("{prompt}", "text around the prompts of problem sets, with {prompt} where it goes")
     n_train: int = flag(1500, "rows of max_length tokens to read of each domain at most; 0: all there is")
     output_dir: str = flag("runs/moe", "the run's folder: model, args.json, metrics.jsonl, curves.png, experts.png")
@@ -155,7 +158,8 @@ def members(group_N, mask_N, n_groups, like):
 
 
 def balance_loss(prob_sums_LGE, counts_LGE, n_tokens):
-    """E * sum_i f_i P_i by layer, [L], each group with its own f; 1 at balance, E / K at collapse.
+    """E * sum_i f_i P_i by layer, [L], each group with its own f; 1 at balance, at most E / K, where all tokens choose
+    the same K experts with all their probability.
 
     prob_sums: the experts' probabilities summed over a group's tokens; counts: how often each was chosen, by whatever
     tokens decide on f; n_tokens: of the whole optimizer step, so that groups, micro-batches and processes add up to a
@@ -347,7 +351,8 @@ def documents(name, split, n_tokens, config):
 def synthetic_texts(domain, split, n, config):
     """n texts of max_length symbols of one synthetic language: each symbol has 4 successors, as likely as .55 to .05.
 
-    The first symbol names the domain. Nobody can do better than 1.1097 nats a symbol. The language depends on --seed.
+    The first symbol names the domain. The entropy rate is 1.1097 nats a symbol; nobody's mean over a row can be quite
+    that low, because the second symbol may be any: 1.1217 in rows of 256. The language depends on --seed.
     """
     rng, width = np.random.default_rng([config.seed, domain]), config.max_length
     next_XK = np.array([rng.choice(N_SYMBOLS, 4, replace=False) for _ in range(N_SYMBOLS)])
@@ -362,16 +367,18 @@ def synthetic_texts(domain, split, n, config):
 
 def make_stream(name, split, n_rows, tokenizer, config):
     """The Stream of a domain's split, n_rows rows at most (0: all). InputError where there is no text at all."""
-    n_tokens, ids, positions = n_rows * config.max_length, [], []
+    n_tokens, ids, positions = n_rows * config.max_length, array("i"), array("i")  # a list takes 70 bytes a token
     end = [] if name.startswith("synthetic:") else [tokenizer.eos_token_id]  # its texts fill their rows
     for text in documents(name, split, n_tokens, config):
-        ids += tokenizer(text, add_special_tokens=False).input_ids + end
-        positions += range(len(ids) - len(positions))
+        ids.extend(tokenizer(text, add_special_tokens=False).input_ids + end)
+        positions.extend(range(len(ids) - len(positions)))
         if n_tokens and len(ids) >= n_tokens:
             break
     if len(ids) < 2:
         raise InputError(f"--domains {name}: holds no text for the {split} split")
-    ids, positions = (np.array(values[: n_tokens or None], dtype=np.int32) for values in (ids, positions))
+    n = min(len(ids), n_tokens or len(ids))
+    n -= n % config.max_length == 1  # a row of one token predicts nothing
+    ids, positions = (np.array(values[:n], dtype=np.int32) for values in (ids, positions))
     offset = np.arange(len(ids)) % config.max_length
     return Stream(name, ids, np.minimum(positions, offset), config.max_length)
 
@@ -379,8 +386,9 @@ def make_stream(name, split, n_rows, tokenizer, config):
 def mixture_weights(sizes, mixture, budget, epochs):
     """The shares at which domains of these sizes are drawn, summing to 1; budget: rows that will be drawn in all.
 
-    `unimax` shares the budget evenly, but passes over no domain more than `epochs` times, smallest domains first.
-    Source: UniMax (2304.09151), Algorithm 1.
+    `unimax` shares the budget evenly, but passes over no domain more than `epochs` times, smallest domains first (on
+    average: rows are drawn at random). InputError where that leaves a part of the budget. Source: UniMax (2304.09151),
+    Algorithm 1.
     >>> mixture_weights([10, 100, 1000], "unimax", 300, 4).tolist()
     [0.13333333333333333, 0.43333333333333335, 0.43333333333333335]
     """
@@ -389,6 +397,9 @@ def mixture_weights(sizes, mixture, budget, epochs):
         for done, i in enumerate(np.argsort(sizes)):
             rows[i] = min(budget / (len(sizes) - done), epochs * sizes[i])
             budget -= rows[i]
+        if budget > 1e-6:  # all are read as often as allowed, and shares would be scaled up to read them more often
+            raise InputError(f"--unimax_epochs {epochs:g}: the domains hold {sum(sizes)} rows, and the run draws "
+                             f"{rows.sum() + budget:.0f}; fewer steps, more data or more epochs")
     return rows / rows.sum()
 
 
@@ -592,6 +603,17 @@ def upcycle(dense, config):
     return model
 
 
+def saved_router(folder):
+    """What Qwen3-MoE cannot hold, {"gate", "bias_LE"}, of a run's folder or of one of its checkpoints; {}: nothing."""
+    beside, tensors = folder / "router.json", folder / "tensors.safetensors"
+    if beside.is_file():
+        return json.loads(beside.read_text())
+    saved = load_file(tensors) if tensors.is_file() else {}
+    if "sigmoid" not in saved:  # another script's
+        return {}
+    return {"gate": "sigmoid" if saved["sigmoid"] else "softmax", "bias_LE": saved["bias_LE"].tolist()}
+
+
 def load_start(config, resume):
     """The Qwen3-MoE to train, its layers ours, and its tokenizer: from the checkpoint, or as the flags say."""
     name, router = config.upcycle or config.model_name_or_path, {}
@@ -610,8 +632,7 @@ def load_start(config, resume):
             tokenizer.chat_template = None
     else:
         model, tokenizer = load_model(name, chat_template=config.chat_template)
-        beside = Path(name) / "router.json"
-        router = json.loads(beside.read_text()) if beside.is_file() else {}
+        router = saved_router(Path(name))
     if config.upcycle and (config.fsdp or not resume):
         if not isinstance(model, Qwen3ForCausalLM) or model.config.use_sliding_window:
             raise InputError(f"--upcycle {name}: is a {type(model).__name__}, not a dense Qwen3 with full attention")
@@ -829,7 +850,7 @@ class Balance:
     global     those and all before them in the optimizer step: the paper's buffer, its Algorithm 1
     exact      the whole step, counted in a forward pass of its own: what `global` approaches; for tests
     shuffle    as many tokens as under micro, but drawn from the whole step: the paper's control; counted as exact is
-    bias, none    nothing: no such loss
+    bias, none    nothing: no such loss, but for the one that --micro_fraction adds in every scope
     """
 
     def __init__(self, policy, names, config, world):
@@ -907,13 +928,14 @@ class Balance:
         logps_BS, logits_LNE, probs_LNE, chosen_LNE, micro_GN = self.measure(policy, batch, self.routing)
         loss = nll_loss(logps_BS, batch.mask_BS, n_tokens)
         with torch.autocast(self.world.device.type, enabled=False):  # a count in bfloat16 would stop at 256
+            found_L = probs_LNE.new_zeros(self.n_layers)
             if self.scope not in ("bias", "none"):
                 counts_LGE, member_GN = self.group_counts(batch, chosen_LNE, micro_GN)
                 found_L = balance_loss(member_GN @ probs_LNE, counts_LGE, n_tokens)
-                if config.micro_fraction:
-                    local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
-                    found_L = found_L + config.micro_fraction * local_L
-                loss = loss + config.balance_coef * found_L.mean()
+            if config.micro_fraction:
+                local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
+                found_L = found_L + config.micro_fraction * local_L
+            loss = loss + config.balance_coef * found_L.mean()
             if config.z_loss_coef:
                 loss = loss + config.z_loss_coef * z_loss(logits_LNE, batch.mask_BS.flatten(), n_tokens).mean()
         return loss, {}
@@ -1331,7 +1353,8 @@ def launch(main, Config):
 
 def evaluate_routing(run, step, policy, balance, streams, config, world):
     """The measures of training on held-out rows of every domain: numbers to log under eval/; counts to experts.json."""
-    picks = [(domain, row) for domain, stream in enumerate(streams) for row in range(len(stream))]
+    picks = [(domain, row) for row in range(max(map(len, streams)))  # in turns: forwards mix domains as in training
+             for domain, stream in enumerate(streams) if row < len(stream)]
     parts = micro_batches([len(streams[domain].row(row)[0]) for domain, row in picks],
                           config.per_device_train_batch_size, config.micro_batch_tokens, world)
     routing = balance.new_routing()
@@ -1426,14 +1449,31 @@ def check_config(config):
         raise InputError("--num_experts_per_tok 1: needs --norm_topk_prob False, or the router would get no gradient")
     if config.upcycle and (not config.norm_topk_prob or config.from_scratch or config.reinit > 1):
         raise InputError("--upcycle: needs --norm_topk_prob True, no --from_scratch, and --reinit up to 1")
+    if config.upcycle and config.model_name_or_path != "tiny":
+        raise InputError(f"--model_name_or_path {config.model_name_or_path}: goes unread beside --upcycle; give one")
+    if config.reinit and not config.upcycle:
+        raise InputError(f"--reinit {config.reinit}: needs --upcycle")
     if config.from_scratch and config.model_name_or_path == "tiny":
         raise InputError("--from_scratch: `tiny` is drawn from scratch anyway")
 
 
+def check_sources(config):
+    """Raises InputError where the dense model stands in --output_dir, or data that --overwrite would delete."""
+    run, dense = Path(config.output_dir).resolve(), Path(config.upcycle).resolve()
+    if config.upcycle and run in (dense, *dense.parents):
+        raise InputError(f"--output_dir {config.output_dir}: --upcycle {config.upcycle} is in it")
+    for name in parse_domains(config.domains) if config.overwrite else ():
+        for found in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):
+            for path in (found.resolve(), *(file.resolve() for file in found.glob("data/*"))):  # a folder's files
+                if run in (path, *path.parents):
+                    raise InputError(f"--output_dir {config.output_dir}: --overwrite would delete data of --domains "
+                                     f"{name}: {path}")
+
+
 def check_micro_batches(config, resume):
     """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
-    scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "bias", "none"}
-    if not resume or not (scopes if config.micro_fraction else scopes - {"sequence", "exact"}):
+    scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "sequence", "exact", "bias", "none"}
+    if not resume or not (scopes or config.micro_fraction):
         return
     before = json.loads((Path(config.output_dir) / "args.json").read_text())["flags"]
     for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -1448,6 +1488,7 @@ SHOWN = ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm") 
 def main(config):
     check_frame(config)
     check_config(config)
+    check_sources(config)
     names, given = zip(*parse_domains(config.domains).items())
     world = start_world(config)
     args = run_args(config, world)
@@ -1507,7 +1548,8 @@ def main(config):
         stopping = stop.agreed(world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
             save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            {"bias_LE": bias_of(unwrap(policy).model).cpu()})
+                            {"bias_LE": bias_of(unwrap(policy).model).cpu(),
+                             "sigmoid": torch.tensor(config.gate == "sigmoid")})
         if stopping and not last:
             leave(run, state, stopping)
     save_router(run, policy, held_out or streams, config, world)

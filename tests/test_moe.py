@@ -300,6 +300,18 @@ def test_the_gate_feels_the_coefficient_in_every_scope():
     assert not same(with_z, without, 1e-4)
 
 
+def test_the_local_loss_acts_in_every_scope():
+    """--micro_fraction adds that share of `micro`'s loss, where a bias or nothing else balances, too."""
+    for scope in SCOPES:
+        flags = dict(balance=scope, balance_coef=0.5, balance_rows=1)
+        without, with_it = (step_of(moe.RoutedPolicy(small_model()), ALONE, 2, micro_fraction=fraction, **flags)
+                            for fraction in (0.0, 0.1))
+        added = 0.1 * 0.5 * without[0]["balance/micro"]
+        assert with_it[0]["loss"] - without[0]["loss"] == pytest.approx(added, abs=1e-9) and added > 0.05, scope
+        felt = max(float((with_it[1][name] - without[1][name]).abs().max()) for name in with_it[1] if "gate" in name)
+        assert felt > 1e-5, scope
+
+
 def test_shuffled_groups_keep_their_sizes_and_use_every_token_once():
     model, streams = small_model(), ragged_streams()
     policy = moe.RoutedPolicy(model)
@@ -380,6 +392,19 @@ def test_packed_documents_do_not_see_each_other():
             wanted = logits[:-1].gather(1, torch.tensor(ids[start + 1 : end].tolist())[:, None])[:, 0]
             assert torch.allclose(logps_BS[0, start : end - 1], wanted, atol=1e-9)
     assert collate_rows(streams, [(1, 1)], CPU).positions_BT is None  # one document: no mask is needed
+
+
+def test_evaluation_mixes_domains_in_a_forward_as_training_does(tmp_path, monkeypatch):
+    """Else f of a forward would be one domain's, and eval/balance/micro another thing than balance/micro."""
+    seen, collate = [], moe.collate_rows
+    monkeypatch.setattr(moe, "collate_rows", lambda streams, picks, device: (
+        seen.append(picks), collate(streams, picks, device))[1])
+    config, streams = Config(**SMALL, per_device_train_batch_size=2), ragged_streams()
+    policy = moe.RoutedPolicy(small_model())
+    moe.evaluate_routing(tmp_path, 0, policy, Balance(policy, ["a", "b"], config, ALONE), streams, config, ALONE)
+    assert all({domain for domain, _ in picks} == {0, 1} for picks in seen[:-1]) and len(seen) == 5
+    everything = sorted((domain, row) for domain, stream in enumerate(streams) for row in range(len(stream)))
+    assert sorted(pick for picks in seen for pick in picks) == everything
 
 
 def test_measures_are_what_they_say():
@@ -477,6 +502,10 @@ def test_domains_and_weights():
     assert moe.mixture_weights([10, 30], "proportional", 100, 1).tolist() == [0.25, 0.75]
     rows = 300 * moe.mixture_weights([100, 1000, 10], "unimax", 300, 4)
     assert rows.tolist() == pytest.approx([130, 130, 40])
+    for budget in (300, 440):  # 440: all that four passes hold
+        assert (budget * moe.mixture_weights([100, 10], "unimax", budget, 4) <= [400 + 1e-9, 40 + 1e-9]).all()
+    with pytest.raises(InputError, match="^--unimax_epochs 4: the domains hold 110 rows, and the run draws 441;"):
+        moe.mixture_weights([100, 10], "unimax", 441, 4)
 
 
 def test_the_plan_repeats_and_passes_are_whole():
@@ -519,6 +548,16 @@ def test_streams_hold_documents_whole_and_splits_apart(tmp_path):
     assert "".join(pieces) == "12345\n" * 1000 and 40 < len(pieces) < 60 and all(p.endswith("\n") for p in pieces)
 
 
+def test_no_row_has_one_token_alone(monkeypatch):
+    """A stream of 9 tokens in rows of 8 would end in a row of one token, and a forward of that row has no position."""
+    for n_rows, length, lengths in ((0, 9, [8]), (3, 9, [8]), (0, 10, [8, 2]), (0, 3, [3])):
+        monkeypatch.setattr(moe, "documents", lambda *_: ["x" * (length - 1)])  # and the end-of-text token
+        stream = moe.make_stream("any", "train", n_rows, char_tokenizer(), Config(max_length=8))
+        assert [len(stream.row(i)[0]) for i in range(len(stream))] == lengths
+        logps_BS = moe.RoutedPolicy(small_model())(collate_rows([stream], [(0, len(stream) - 1)], CPU))[0]
+        assert logps_BS.shape == (1, lengths[-1] - 1)
+
+
 def test_synthetic_languages_differ_and_follow_their_rule():
     config = Config(max_length=64)
     texts = [moe.synthetic_texts(domain, "train", 400, config) for domain in (0, 1)]
@@ -531,6 +570,9 @@ def test_synthetic_languages_differ_and_follow_their_rule():
         assert max(len(set(after)) for after in pairs.values()) == 4
         after = max(pairs.values(), key=len)
         assert max(after.count(b) for b in set(after)) / len(after) == pytest.approx(0.55, abs=0.08)
+    rate = -sum(p * math.log(p) for p in (0.55, 0.25, 0.15, 0.05))  # of every symbol but the first two
+    assert f"{rate:.4f}" == "1.1097" and f"{(254 * rate + math.log(moe.N_SYMBOLS)) / 255:.4f}" == "1.1217"
+    assert "1.1097" in moe.synthetic_texts.__doc__ and "1.1217 in rows of 256" in moe.synthetic_texts.__doc__
     assert not set(texts[0]) & set(moe.synthetic_texts(0, "validation", 400, config))
 
 
@@ -597,8 +639,12 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
     assert float((plain - whole).abs().max()) == pytest.approx(router["without/logp_difference"], rel=1e-4)
     assert float((whole - plain).sum() / batch.mask_BS.sum()) == pytest.approx(router["without/nll_difference"],
                                                                                abs=1e-5)
-    with pytest.raises(InputError, match="--gate softmax"):
-        moe.load_start(Config(model_name_or_path=str(run)), None)
+    (checkpoint,) = run.glob("checkpoints/step_*")
+    again, _ = moe.load_start(Config(model_name_or_path=str(checkpoint), gate="sigmoid"), None)
+    assert moe.bias_of(again).tolist() == router["bias_LE"]
+    for folder in (run, checkpoint):
+        with pytest.raises(InputError, match=f"--gate softmax: {folder} was trained with sigmoid"):
+            moe.load_start(Config(model_name_or_path=str(folder)), None)
 
 
 def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
@@ -631,6 +677,8 @@ def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
      (dict(balance_switch="micro"), "--balance_switch micro"), (dict(balance_coef=-1.0), "--balance_coef -1.0"),
      (dict(domains="nowhere.jsonl"), "nowhere.jsonl"), (dict(domains="chain=0"), "--domains chain=0"),
      (dict(from_scratch=True), "--from_scratch"), (dict(upcycle="tiny", norm_topk_prob=False), "--upcycle"),
+     (dict(reinit=0.5), "--reinit 0.5"),
+     (dict(upcycle="owner/dense", model_name_or_path="owner/moe"), "--model_name_or_path owner/moe"),
      (dict(model_name_or_path="no/such/model"), "--model_name_or_path no/such/model"),
      (dict(max_length=1), "--max_length 1"), (dict(balance_coef=float("nan")), "--balance_coef nan")],
 )
@@ -641,10 +689,38 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_read_is_never_deleted(tmp_path):
+    """--overwrite in a folder with the dense model or the data in it is refused, and nothing is gone afterwards."""
+    for folder in ("run/dense", "run/set/data", "apart/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    run, apart, data = tmp_path / "run", tmp_path / "apart", tmp_path / "run" / "data.jsonl"
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(400))
+    for file in (data, run / "set" / "data" / "train.jsonl", apart / "data" / "train.jsonl"):
+        file.write_text(rows)
+    (run / "args.json").write_text("{}")
+    (apart / "data" / "args.json").write_text("{}")
+    dense_model().save_pretrained(run / "dense")
+    char_tokenizer().save_pretrained(run / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    tries = [(run / "dense", dict(upcycle=str(run / "dense")), "--upcycle .* is in it"),
+             (run, dict(upcycle=str(run / "dense")), "--upcycle .* is in it"),
+             (run, dict(domains=f"chain,{data}"), "--overwrite would delete data of --domains .*data.jsonl"),
+             (run, dict(domains=f"{run}/*.jsonl"), "--overwrite would delete"),
+             (run, dict(domains=str(run / "set")), "--overwrite would delete"),
+             (apart / "data", dict(domains=str(apart)), "--overwrite would delete")]
+    for output_dir, flags, message in tries:
+        with pytest.raises(InputError, match=f"^--output_dir [^\n]*{message}[^\n]*$"):
+            moe.main(Config(**{**TINY_RUN, **flags}, output_dir=str(output_dir), overwrite=True))
+        assert sorted(tmp_path.rglob("*")) == before
+    moe.check_sources(Config(output_dir=str(tmp_path / "other"), domains=f"chain,{data}", overwrite=True))
+    moe.check_sources(Config(output_dir=str(run), domains=f"chain,{data}"))
+
+
 @pytest.mark.parametrize("flags, refused", [
     (dict(balance="global"), True), (dict(balance="micro"), True), (dict(balance="sync"), True),
     (dict(balance="shuffle"), True), (dict(balance="exact"), False), (dict(balance="bias"), False),
-    (dict(balance="exact", micro_fraction=0.01), True), (dict(balance="bias", micro_fraction=0.01), False),
+    (dict(balance="exact", micro_fraction=0.01), True), (dict(balance="bias", micro_fraction=0.01), True),
+    (dict(balance="none"), False), (dict(balance="none", micro_fraction=0.01), True),
     (dict(balance="none", balance_switch="micro@5"), True),
 ])
 def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, flags, refused):
