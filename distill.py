@@ -17,8 +17,8 @@ logits: on given text (or the teacher's); on_policy (GKD, 2306.13649): on the st
 the teacher is the student itself with a right and a wrong attempt before its eyes; bootstrap (BOLT, 2502.03860), at
 kd_weight 0: on its own samples that the checker passed, or, with --rounds (2503.18866), on latent thoughts drawn by
 how well they explain the solution.
-Against the authors' code: texts meet as token ids and spans are counted, never searched, and the end of a turn stands
-for RLT's closing tag. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
+Against the authors' code: texts meet as token ids and spans are counted, never searched, the end of a turn stands for
+RLT's closing tag, and its teacher reads the solution in the user's turn. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
 
 Dimensions: P prompts · G samples per prompt · R rows of a step · B rows of one forward · T tokens · S = T - 1
 predicting positions · N trained tokens · V vocabulary · D, H the student's and the teacher's width · K of --kd_topk.
@@ -31,6 +31,7 @@ predicting positions · N trained tokens · V vocabulary · D, H the student's a
 
 import contextlib
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -63,8 +64,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eval import (InputError, Problem, Rollouts, answer_key, chat_text, encode_prompt, end_of_turn, evaluate,
-                  extract_answer, fill_template, flag, generate, load_model, load_problems, parse_flags, plot_runs,
-                  read_rows, softcap, verify)
+                  extract_answer, fill_template, flag, generate, load_model, load_problems, load_tokenizer, parse_flags,
+                  plot_runs, read_rows, softcap, stop_ids, verify)
 from kernels import linear_kl, linear_logps, linear_topk, topk_kl
 
 # --- config ---
@@ -92,7 +93,7 @@ class Config:
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
     levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
-    error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
+    error_rate: float = flag(0.15, "`chain`: wrong steps in the solutions of the warm-up, logits and on_policy")
     output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
     resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
@@ -109,7 +110,7 @@ class Config:
     teacher_sft_steps: int = flag(150, "warm_up: steps of fine-tuning on the problems' own solutions; 0: no such stage")
     teacher_steps: int = flag(60, "teacher: optimizer steps")
     teacher_learning_rate: float = flag(0.0, "teacher: learning rate; 0: 5e-5 under 10 M parameters, 1e-6 above")
-    teacher_batch_size: int = flag(256, "teacher: explanations per process; at most so many in one forward")
+    teacher_batch_size: int = flag(256, "teacher: per_device_train_batch_size of this stage, in explanations")
     rlt_alpha: float = flag(0.01, "rlt: weight of the least clear solution token and of the least plausible thought")
     rlt_lambda: float = flag(3.0, "rlt: weight of the thoughts' implausibility")
     format_penalty: float = flag(1.0, "rlt: what a cut-off explanation costs")
@@ -140,12 +141,12 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
     micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
     max_steps: int = flag(200, "optimizer steps of the student")
-    learning_rate: float = flag(0.0, "peak learning rate; 0: 1e-3 under 10 M parameters, 1e-5 above")
+    learning_rate: float = flag(0.0, "peak, of the warm-up stage too; 0: 1e-3 under 10 M parameters, 1e-5 above")
     lr_scheduler_type: str = flag("cosine", "constant, linear or cosine, after the warm-up; rlt's teacher: constant")
     warmup_steps: float = flag(0.05, "steps of linear warm-up; below 1: this share of all steps")
     weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
-    max_length: int = flag(1024, "tokens; longer examples are left out and counted (TRL cuts them short)")
+    max_length: int = flag(1024, "tokens; longer examples of the data are left out and counted (TRL cuts them)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
     bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
     fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
@@ -384,7 +385,10 @@ FORMATS = {  # what `auto` stands for: without a chat template the format of `ch
 
 def fill_formats(config, tokenizer):
     """Settles the templates that are `auto`."""
-    for name, text in FORMATS[bool(tokenizer.chat_template)].items():
+    formats = FORMATS[bool(tokenizer.chat_template)]
+    if config.method == "rlt" and config.teacher_sft_steps and "{answer}" not in formats["solution_template"]:
+        formats = {**formats, "solution_template": "#### {answer}"}  # what the warm-up teaches must not stand in it
+    for name, text in formats.items():
         if getattr(config, name) == "auto":
             setattr(config, name, text)
 
@@ -976,7 +980,8 @@ def load_checkpoint(checkpoint, policy, optimizer, config):
 
 FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
               "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
-              "per_device_train_batch_size", "gradient_accumulation_steps"}  # may change when a run is continued
+              "per_device_train_batch_size", "gradient_accumulation_steps", "teacher_batch_size",
+              "generation_batch_size"}  # may change when a run is continued
 
 
 def open_run(config, args):
@@ -1460,8 +1465,9 @@ def em_traces(sampler, tokenizer, problems, config, world):
         point, order = rng.random(2)
         if weights_PG[i].sum() > 0:
             row = i * G + min(int(torch.searchsorted(weights_PG[i].cumsum(0), point)), G - 1)
-            posterior = Trace(lesson.problem.prompt, texts[row], lesson.teacher_prompt, rollouts.ids(row),
-                              lesson.teacher_prompt)
+            told = fill(config.teacher_template, lesson.problem.prompt,
+                        {"solution": known_solution(lesson.problem, config)})
+            posterior = Trace(told, texts[row], lesson.teacher_prompt, rollouts.ids(row), lesson.teacher_prompt)
             traces.append(priors[row] if order < 0.5 else posterior)
     known = elbo_P[elbo_P.isfinite()]
     elbo = float(known.mean()) if len(known) else -math.inf
@@ -1473,6 +1479,8 @@ def teacher_traces(sampler, tokenizer, rows, config, world):
     questions = [question_of(row, f"--dataset_name {config.dataset_name}: row {i + 1}") for i, row in enumerate(rows)]
     questions = pruned(questions, config)[: config.n_traces or None]
     prompts = [encode_prompt(tokenizer, question) for question in questions]
+    if not all(prompts):
+        raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
     rollouts = sample(sampler, tokenizer, prompts, 1, 0, config, world, config.trace_temperature)
     traces = [Trace(question, text, prompt, rollouts.ids(row), prompt)
               for row, (question, text, prompt) in enumerate(zip(questions, rollouts.texts(tokenizer), prompts))]
@@ -1610,10 +1618,14 @@ class Imitate:
         if config.method == "logits":
             make, data = teacher_traces, load_rows(config)
         else:
-            make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces}[config.method]
-            make, data = em_traces if config.rounds else make, load_train_problems(config)[: config.n_traces or None]
-        say(f"{config.method}: sampling for {len(data)} problems")
+            make = em_traces if config.rounds else {"rlt": rlt_traces, "ssb": ssb_traces,
+                                                    "bootstrap": bootstrap_traces}[config.method]
+            data = load_train_problems(config)[: config.n_traces or None]
+        say(f"{config.method}: sampling" + f" for {len(data)} problems" * (config.method != "logits"))
         traces, self.about = make(sampler, tokenizer, data, config, self.world)
+        ends, end = stop_ids(sampler, tokenizer), end_of_turn(tokenizer)  # the student stops at its own end alone
+        traces = [trace._replace(completion_ids=[*trace.completion_ids[:-1], end])
+                  if trace.completion_ids[-1] in ends else trace for trace in traces]
         largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
         kept = [trace for trace in traces if max(trace.completion_ids) <= largest
                 and max(len(trace.prompt_ids), len(trace.teacher_prompt_ids)) + len(trace.completion_ids)
@@ -1630,7 +1642,7 @@ class Imitate:
         config, numbers = self.config, {}
         n_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
         picked = rows_of_step(len(self.pool), n_rows, step, config.seed)
-        self.examples = self.teacher_examples = [self.pool[i] for i in picked]
+        self.examples = self.teacher_examples = [self.pool[i] for i in picked]  # one list: what is sampled, both read
         if self.teacher_pool is not self.pool:
             self.teacher_examples = [self.teacher_pool[i] for i in picked]
         if config.method == "on_policy":
@@ -1667,7 +1679,7 @@ class Imitate:
             return kl_N, -linear_logps(hidden_ND, weight_VD, targets_N, entropy=False)[0]
 
         kl_N, nll_N = policy(batch, judge=judge)
-        # the gradient of a divergence at temperature tau is tau^2 smaller than at 1
+        # the gradient of a divergence at a high temperature tau is about tau^2 smaller than at 1
         loss_N = config.kd_weight * config.kd_temperature**2 * kl_N + (1 - config.kd_weight) * nll_N
         numbers = {"divergence": kl_N.detach().sum() / self.n_tokens}
         if config.kd_weight < 1:
@@ -1725,6 +1737,8 @@ def check_config(config):
     config.kd_temperature = config.kd_temperature or (2.0 if config.method == "ssb" else 1.0)
     if config.kd_topk and config.divergence != "forward":
         raise InputError(f"--kd_topk {config.kd_topk}: is for --divergence forward")
+    if config.stage == "warm_up" and not config.teacher_sft_steps:
+        raise InputError("--stage warm_up: needs --teacher_sft_steps")
     if config.stage != "all" and config.method != "rlt":
         raise InputError(f"--stage {config.stage}: only --method rlt has stages")
     if config.method == "on_policy" and config.kd_weight != 1:
@@ -1765,9 +1779,41 @@ def plan(config):
             stage |= {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate, "eval_steps": 0,
                       "lr_scheduler_type": "constant", "warmup_steps": 0,
                       "per_device_train_batch_size": config.teacher_batch_size}
+        resumed = Path(config.resume_from_checkpoint).resolve().parents
+        if len(names) > 1 and config.resume_from_checkpoint != "auto" and Path(folder).resolve() not in resumed:
+            stage["resume_from_checkpoint"] = "auto"
         runs.append(replace(config, **stage))
-        teacher = folder
+        teacher = os.path.relpath(folder)  # the same however --output_dir is spelled
+    if config.resume_from_checkpoint not in ("auto", *(run.resume_from_checkpoint for run in runs)):
+        raise InputError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: is in the folder of no stage")
     return runs
+
+
+def check_plan(runs, config):
+    """Raises InputError, before the first stage, for what a later one would fail at, or what it would delete."""
+    root, student, teacher = Path(config.output_dir), config.model_name_or_path, config.teacher_model_name_or_path
+    for run in runs:
+        for name in ("model_name_or_path", "teacher_model_name_or_path"):
+            given = Path(getattr(config, name)).resolve()
+            if getattr(config, name) and Path(run.output_dir).resolve() in (given, *given.parents):
+                raise InputError(f"--output_dir {run.output_dir}: --{name} {getattr(config, name)} is in it")
+    if len(runs) > 1 and (root / "args.json").is_file():
+        raise InputError(f"--output_dir {root}: holds a run of one stage, this command makes {len(runs)}; take another")
+    if len(runs) == 1 and not (root / "args.json").is_file() and list(root.glob("*/args.json")):
+        raise InputError(f"--output_dir {root}: holds the stages of another command; take another")
+    if config.method != "rlt" or not teacher:
+        return
+    learns = load_tokenizer(student, config.chat_template)
+    try:
+        teaches = load_tokenizer(teacher, config.chat_template)
+    except InputError as error:
+        raise InputError(str(error).replace("--model", "--teacher_model", 1)) from error
+    if len(runs) > 1:  # each stage encodes with the tokenizer of the model it trains
+        check_vocabulary(learns.get_vocab(), teaches.get_vocab(), f"--teacher_model_name_or_path {teacher}")
+        check_vocabulary(teaches.get_vocab(), learns.get_vocab(), f"--model_name_or_path {student}")
+    if learns.chat_template != teaches.chat_template:
+        raise InputError(f"--teacher_model_name_or_path {teacher}: another chat template than --model_name_or_path "
+                         f"{student} has; --chat_template off takes both as plain text")
 
 
 SHOWN = ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", "loss", "divergence", "eval/accuracy",
@@ -1844,11 +1890,16 @@ def train(config, world, stop):
 def main(config):
     check_frame(config)
     check_config(config)
+    runs = plan(config)
+    check_plan(runs, config)
     world, stop = start_world(config), StopSignal()
-    for run in plan(config):
+    for run in runs:
         if number := stop.agreed(world):  # came while the stage before was ending
             sys.exit(128 + number)
         train(run, world, stop)
+        gc.collect()  # FSDP's modules refer to themselves, and their weights would stay beside the next stage's
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

@@ -626,13 +626,27 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
     model cannot be had, where its head is more than a matrix (a bias or a scale would make `linear_logps` wrong), or
     where it has no end-of-text token.
     """
+    tokenizer = load_tokenizer(name_or_path, chat_template)
     if name_or_path == "tiny":
-        tokenizer = char_tokenizer()
         config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
                              pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **TINY)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Qwen3ForCausalLM(config).to(dtype), tokenizer
+    flag = f"--model_name_or_path {name_or_path}"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{flag}: cannot be loaded ({first_line(error)})") from error
+    check_head(model, flag)
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_path, chat_template="auto"):
+    """The tokenizer that load_model returns, without the model."""
+    if name_or_path == "tiny":
+        return char_tokenizer()
     flag, folder = f"--model_name_or_path {name_or_path}", Path(name_or_path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"{flag}: this folder holds no config.json, so it is not a model")
@@ -640,16 +654,13 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
         raise InputError(f"{flag}: no such folder" + "; `python sft.py` makes it" * (folder == Path("runs/sft")))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{flag}: cannot be loaded ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{flag}: its tokenizer has no end-of-text token")
     if chat_template == "off":
         tokenizer.chat_template = None
-    check_head(model, flag)
-    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
-    return model, tokenizer
+    return tokenizer
 
 
 @torch.no_grad()

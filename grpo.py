@@ -703,7 +703,8 @@ def load_checkpoint(checkpoint, policy, optimizer, config):
 
 FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
               "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
-              "per_device_train_batch_size", "gradient_accumulation_steps"}  # may change when a run is continued
+              "per_device_train_batch_size", "gradient_accumulation_steps",
+              "generation_batch_size"}  # may change when a run is continued
 
 
 def open_run(config, args):

@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+import os
+import shutil
 import signal
 
 import pytest
@@ -659,7 +661,7 @@ def test_em_rounds_begin_from_the_same_weights_and_sample_from_the_last(tiny_mod
         assert args["flags"]["model_name_or_path"] == str(tiny_model) and args["finished"]
         first = json.loads((out / name / "metrics.jsonl").read_text().splitlines()[1])  # the line before: step 0
         assert math.isfinite(first["data/elbo"]) and first["data/kept"] > 0
-    assert json.loads((out / "round_2" / "args.json").read_text())["flags"]["teacher_model_name_or_path"] == str(out / "round_1")
+    assert json.loads((out / "round_2" / "args.json").read_text())["flags"]["teacher_model_name_or_path"] == os.path.relpath(out / "round_1")
 
 
 def test_distilling_closes_the_gap(folders, tmp_path):
@@ -782,3 +784,99 @@ def test_traces_are_made_once(tiny_model, tmp_path):
     assert codes == [0] and " traces: " not in second, second
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert (tmp_path / "run" / "traces.jsonl").read_bytes() == (tmp_path / "whole" / "traces.jsonl").read_bytes()
+
+
+# --- the plan of a command ---
+
+
+def with_template(folder, to, template):
+    """A copy of a model whose tokenizer has this chat template."""
+    shutil.copytree(folder, to)
+    tokenizer = ground.load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(to)
+    return str(to)
+
+
+def test_a_teacher_that_a_later_stage_would_refuse_is_refused_before_the_first(folders, tmp_path):
+    chat = with_template(folders["teacher"], tmp_path / "chat", CHAT)
+    longer = str(tmp_path / "longer")
+    shutil.copytree(folders["student"], longer)
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(longer)
+    out = str(tmp_path / "run")
+    for teacher, named in ((chat, "--chat_template off"), (longer, "another vocabulary"),
+                           (str(tmp_path / "nowhere"), "--teacher_model_name_or_path")):
+        with pytest.raises(InputError, match=named):
+            distill.main(Config(model_name_or_path=folders["student"], teacher_model_name_or_path=teacher,
+                                output_dir=out, **SMALL))
+    assert not (tmp_path / "run").exists()
+    made = Config(model_name_or_path=folders["student"], teacher_model_name_or_path=chat, chat_template="off", **SMALL)
+    distill.check_plan(distill.plan(made), made)  # as plain text both are the same
+
+
+def test_folders_of_another_kind_are_left_alone(folders, tmp_path):
+    student, out = folders["student"], tmp_path / "run"
+    staged = dict(model_name_or_path=student, output_dir=str(out), **SMALL)
+    single = {**staged, "method": "on_policy", "teacher_model_name_or_path": folders["teacher"]}
+    for made, given, named in (("args.json", staged, "a run of one stage"), ("teacher/args.json", single, "the stages of")):
+        (out / made).parent.mkdir(parents=True)
+        (out / made).write_text("{}")
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=named):
+                distill.main(Config(**{**given, "overwrite": overwrite}))
+        assert (out / made).read_text() == "{}"
+        shutil.rmtree(out)
+    shutil.copytree(folders["teacher"], out / "teacher")
+    with pytest.raises(InputError, match="--teacher_model_name_or_path .* is in it"):
+        distill.main(Config(**{**staged, "teacher_model_name_or_path": str(out / "teacher"), "overwrite": True}))
+    assert (out / "teacher" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_is_continued_by_the_stage_it_is_of(tmp_path):
+    made = Config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(tmp_path / "run/teacher/checkpoints/step_2"))
+    assert [run.resume_from_checkpoint for run in distill.plan(made)] == ["auto", made.resume_from_checkpoint, "auto"]
+    made.resume_from_checkpoint = str(tmp_path / "another/teacher/checkpoints/step_2")
+    with pytest.raises(InputError, match="of no stage"):
+        distill.plan(made)
+
+
+def test_what_a_stage_derives_does_not_depend_on_how_the_folder_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plans = [distill.plan(Config(output_dir=name)) for name in ("run", str(tmp_path / "run"), "./run/")]
+    assert len({tuple(run.teacher_model_name_or_path for run in runs) for runs in plans}) == 1
+
+
+def test_a_teachers_own_end_becomes_the_students(folders, tmp_path, monkeypatch):
+    """A sampler may stop at a token after which the student would go on."""
+    stop = char_tokenizer().encode("7")[0]
+    other = tmp_path / "other"
+    shutil.copytree(folders["teacher"], other)
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, stop]}))
+    fake_samples(monkeypatch, lambda prompt, j: ("12", True))
+    sample = distill.sample
+
+    def stopped(*given):
+        rollouts = sample(*given)
+        rows = torch.arange(len(rollouts.lengths_R))
+        rollouts.tokens_RT[rows, rollouts.lengths_R - 1] = stop
+        return rollouts
+
+    monkeypatch.setattr(distill, "sample", stopped)
+    c = config(method="logits", completions="teacher", kd_weight=0.0, model_name_or_path=folders["student"],
+               teacher_model_name_or_path=str(other), n_traces=4, n_train=4)
+    stage = Imitate(char_tokenizer(), c, ALONE, None)
+    assert {trace.completion_ids[-1] for trace in stage.traces} == {char_tokenizer().eos_token_id}
+
+
+def test_a_warm_up_reads_the_answer_alone_and_needs_steps():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = CHAT
+    for steps, wanted in ((5, "#### {answer}"), (0, "{solution}")):
+        made = Config(teacher_sft_steps=steps)
+        distill.fill_formats(made, tokenizer)
+        assert made.solution_template == wanted
+    with pytest.raises(InputError, match="--stage warm_up"):
+        check_config(Config(stage="warm_up", teacher_sft_steps=0))
