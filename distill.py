@@ -1163,7 +1163,7 @@ def end_run(run, policy, tokenizer, world):
         aside.rmdir()
         plot_runs([run], run / "curves.png")
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, samples.jsonl, curves.png")
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
     barrier()
 
 

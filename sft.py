@@ -4,7 +4,7 @@ r"""Cold start: supervised fine-tuning of a language model on worked solutions.
 
 Trained tokens are the solution (the assistant's turns) and the token that ends each turn; prompts never are. The
 divisor spans the whole optimizer step over all processes, so the flags about memory change memory and speed, never
-the gradient. Against TRL's SFTTrainer: `messages` train the assistant's turns alone by default; each turn is trained
+the gradient. Against TRL's SFTTrainer: `messages` train the assistant's turns alone; each turn is trained
 in exactly the context that sampling would give it; an example over --max_length is left out and counted instead of
 cut short; rows are sorted by length into micro-batches, right-padded and unmasked (a causal model never looks
 right, so padding needs no mask and attention takes its fastest path); only trained positions meet the output head.
@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,7 +52,6 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -1158,7 +1158,7 @@ def end_run(run, policy, tokenizer, world):
         aside.rmdir()
         plot_runs([run], run / "curves.png")
         write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, samples.jsonl, curves.png")
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
     barrier()
 
 
