@@ -1067,7 +1067,7 @@ def begin_run(config, world, resume, args, model, data):
 class StopSignal:
     """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; another, 2 s later, ends at once.
 
-    Within 2 s it is the same one: torchrun passes on to its processes what a terminal or a scheduler sends to all.
+    Within 2 s it is the same one: torchrun passes on to its processes what a scheduler has sent to all.
     """
 
     def __init__(self):
