@@ -814,6 +814,8 @@ def test_a_teacher_that_a_later_stage_would_refuse_is_refused_before_the_first(f
     assert not (tmp_path / "run").exists()
     made = Config(model_name_or_path=folders["student"], teacher_model_name_or_path=chat, chat_template="off", **SMALL)
     distill.check_plan(distill.plan(made), made)  # as plain text both are the same
+    made = Config(stage="warm_up", model_name_or_path="nowhere", teacher_model_name_or_path=chat)
+    distill.check_plan(distill.plan(made), made)  # needs no student
 
 
 def test_folders_of_another_kind_are_left_alone(folders, tmp_path):
@@ -840,6 +842,17 @@ def test_a_checkpoint_is_continued_by_the_stage_it_is_of(tmp_path):
     made.resume_from_checkpoint = str(tmp_path / "another/teacher/checkpoints/step_2")
     with pytest.raises(InputError, match="of no stage"):
         distill.plan(made)
+
+
+def test_a_checkpoint_is_not_continued_by_a_command_that_deletes_it(tmp_path):
+    """Nor are the stages before the checkpoint's own deleted first."""
+    warm_up = tmp_path / "warm_up" / "args.json"
+    warm_up.parent.mkdir()
+    warm_up.write_text("{}")
+    with pytest.raises(InputError, match="--resume_from_checkpoint .*step_2: --overwrite deletes it"):
+        distill.main(Config(model_name_or_path="tiny", output_dir=str(tmp_path), overwrite=True,
+                            resume_from_checkpoint=str(tmp_path / "teacher/checkpoints/step_2"), **SMALL))
+    assert warm_up.read_text() == "{}"
 
 
 def test_what_a_stage_derives_does_not_depend_on_how_the_folder_is_spelled(tmp_path, monkeypatch):
