@@ -388,6 +388,10 @@ def fill_formats(config, tokenizer):
     formats = FORMATS[bool(tokenizer.chat_template)]
     if config.method == "rlt" and config.teacher_sft_steps and "{answer}" not in formats["solution_template"]:
         formats = {**formats, "solution_template": "#### {answer}"}  # what the warm-up teaches must not stand in it
+    if tokenizer.chat_template:
+        asked = chat_text(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        if asked.rstrip().endswith(formats["thought_prefix"].rstrip()):
+            formats = {**formats, "thought_prefix": ""}  # the template has opened the thinking already
     for name, text in formats.items():
         if getattr(config, name) == "auto":
             setattr(config, name, text)

@@ -893,3 +893,12 @@ def test_a_warm_up_reads_the_answer_alone_and_needs_steps():
         assert made.solution_template == wanted
     with pytest.raises(InputError, match="--stage warm_up"):
         check_config(Config(stage="warm_up", teacher_sft_steps=0))
+
+
+@pytest.mark.parametrize("opened, wanted", [("", "<think>\n"), ("<think>", ""), ("<think>\n", "")])
+def test_thinking_is_opened_once(opened, wanted):
+    """Some templates end their generation prompt with the tag."""
+    tokenizer, made = char_tokenizer(), Config()
+    tokenizer.chat_template = CHAT.replace("<assistant>", f"<assistant>{opened}")
+    distill.fill_formats(made, tokenizer)
+    assert made.thought_prefix == wanted and made.thought_suffix == "\n</think>\n"
