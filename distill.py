@@ -388,6 +388,10 @@ def fill_formats(config, tokenizer):
     formats = FORMATS[bool(tokenizer.chat_template)]
     if config.method == "rlt" and config.teacher_sft_steps and "{answer}" not in formats["solution_template"]:
         formats = {**formats, "solution_template": "#### {answer}"}  # what the warm-up teaches must not stand in it
+    if tokenizer.chat_template:
+        asked = chat_text(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        if asked.rstrip().endswith(formats["thought_prefix"].rstrip()):
+            formats = {**formats, "thought_prefix": ""}  # the template has opened the thinking already
     for name, text in formats.items():
         if getattr(config, name) == "auto":
             setattr(config, name, text)
@@ -1792,6 +1796,8 @@ def plan(config):
 def check_plan(runs, config):
     """Raises InputError, before the first stage, for what a later one would fail at, or what it would delete."""
     root, student, teacher = Path(config.output_dir), config.model_name_or_path, config.teacher_model_name_or_path
+    if config.overwrite and config.resume_from_checkpoint != "auto":  # the stages before it would be deleted first
+        raise InputError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: --overwrite deletes it")
     for run in runs:
         for name in ("model_name_or_path", "teacher_model_name_or_path"):
             given = Path(getattr(config, name)).resolve()
@@ -1801,7 +1807,7 @@ def check_plan(runs, config):
         raise InputError(f"--output_dir {root}: holds a run of one stage, this command makes {len(runs)}; take another")
     if len(runs) == 1 and not (root / "args.json").is_file() and list(root.glob("*/args.json")):
         raise InputError(f"--output_dir {root}: holds the stages of another command; take another")
-    if config.method != "rlt" or not teacher:
+    if config.method != "rlt" or config.stage == "warm_up" or not teacher:  # that stage reads no student
         return
     learns = load_tokenizer(student, config.chat_template)
     try:

@@ -1,10 +1,12 @@
 """distill.py: RLT's reward against loops, contexts spliced token by token, divergences and gradients, data, and runs."""
 import copy
+import gc
 import json
 import math
 import os
 import shutil
 import signal
+import weakref
 
 import pytest
 import torch
@@ -343,6 +345,22 @@ def test_the_teachers_traces_are_rows_for_sft(monkeypatch, tmp_path):
         assert tokenizer.decode(example.ids) == f"<user>{row['prompt']}<eos><assistant>a2<eos>"
 
 
+def test_a_teacher_is_not_asked_an_empty_prompt():
+    rows = [{"prompt": "1=", "completion": "1"}, {"prompt": "", "completion": "2"}]
+    with pytest.raises(InputError, match="rows without a prompt"):
+        distill.teacher_traces(None, char_tokenizer(), rows, config(method="logits", completions="teacher"), ALONE)
+
+
+@pytest.mark.parametrize("flags, said", [(dict(stage="student"), "rlt: sampling for 5 problems\n"),
+                                         (dict(method="logits", completions="teacher"), "logits: sampling\n")])
+def test_no_other_number_is_named_than_is_sampled_for(folders, monkeypatch, capsys, flags, said):
+    fake_samples(monkeypatch, lambda prompt, j: ("1", True))
+    c = config(**flags, model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"], kd_weight=0.0,
+               n_train=9, n_traces=5)
+    Imitate(char_tokenizer(), c, ALONE, None)
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("make", [distill.rlt_traces, distill.teacher_traces])
 def test_traces_have_a_temperature_of_their_own(make):
     """At 0 they are greedy whatever the seed and --temperature are; otherwise both are what the trace's own flag says."""
@@ -529,6 +547,7 @@ def test_em_traces_weigh_by_the_joint_over_the_proposal(monkeypatch):
     posterior = [text for text in texts if ":" in text]
     assert 8 < len(posterior) < 32
     assert all("#" in text.partition(":")[0] for text in posterior)
+    assert all(ground.encode_prompt(tokenizer, trace.prompt) == trace.prompt_ids for trace in traces)
 
 
 # --- no gradient where none belongs; the reference ---
@@ -772,6 +791,16 @@ def test_two_processes_train_the_teacher_of_one(undisturbed, tmp_path, fsdp):
     assert largest_difference(tmp_path / "run", whole) < 1e-5
 
 
+def test_a_teacher_continues_on_another_number_of_processes(undisturbed, tmp_path):
+    flags, whole = undisturbed
+    flags = {**flags, "output_dir": tmp_path / "run"}
+    codes, text = run("distill", flags, {"signal_at": [3, signal.SIGTERM]})
+    assert codes == [143], text
+    codes, text = run("distill", {**flags, "teacher_batch_size": 8, "generation_batch_size": 5}, ranks=2)
+    assert codes == [0, 0] and "continues from" in text, text
+    assert largest_difference(tmp_path / "run", whole) < 1e-5
+
+
 def test_traces_are_made_once(tiny_model, tmp_path):
     """A student's run that goes on reads them back: the sampler is not asked again, and the end is bit-equal."""
     flags = dict(method="bootstrap", rounds=1, model_name_or_path=tiny_model, n_train=24, levels="1", n_traces=20,
@@ -814,6 +843,8 @@ def test_a_teacher_that_a_later_stage_would_refuse_is_refused_before_the_first(f
     assert not (tmp_path / "run").exists()
     made = Config(model_name_or_path=folders["student"], teacher_model_name_or_path=chat, chat_template="off", **SMALL)
     distill.check_plan(distill.plan(made), made)  # as plain text both are the same
+    made = Config(stage="warm_up", model_name_or_path="nowhere", teacher_model_name_or_path=chat)
+    distill.check_plan(distill.plan(made), made)  # needs no student
 
 
 def test_folders_of_another_kind_are_left_alone(folders, tmp_path):
@@ -834,12 +865,42 @@ def test_folders_of_another_kind_are_left_alone(folders, tmp_path):
     assert (out / "teacher" / "model.safetensors").exists()
 
 
+def test_what_a_stage_leaves_in_cycles_is_gone_before_the_next(monkeypatch):
+    """As FSDP's modules are, with all their weights."""
+    left = []
+
+    def training(run, world, stop):
+        assert not any(made() for made in left)
+        module = torch.nn.Linear(1, 1)
+        module.itself = [module]
+        left.append(weakref.ref(module))
+
+    monkeypatch.setattr(distill, "train", training)
+    gc.disable()  # it may come by at any time
+    try:
+        distill.main(Config(model_name_or_path="tiny"))
+    finally:
+        gc.enable()
+    assert len(left) == 3
+
+
 def test_a_checkpoint_is_continued_by_the_stage_it_is_of(tmp_path):
     made = Config(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(tmp_path / "run/teacher/checkpoints/step_2"))
     assert [run.resume_from_checkpoint for run in distill.plan(made)] == ["auto", made.resume_from_checkpoint, "auto"]
     made.resume_from_checkpoint = str(tmp_path / "another/teacher/checkpoints/step_2")
     with pytest.raises(InputError, match="of no stage"):
         distill.plan(made)
+
+
+def test_a_checkpoint_is_not_continued_by_a_command_that_deletes_it(tmp_path):
+    """Nor are the stages before the checkpoint's own deleted first."""
+    warm_up = tmp_path / "warm_up" / "args.json"
+    warm_up.parent.mkdir()
+    warm_up.write_text("{}")
+    with pytest.raises(InputError, match="--resume_from_checkpoint .*step_2: --overwrite deletes it"):
+        distill.main(Config(model_name_or_path="tiny", output_dir=str(tmp_path), overwrite=True,
+                            resume_from_checkpoint=str(tmp_path / "teacher/checkpoints/step_2"), **SMALL))
+    assert warm_up.read_text() == "{}"
 
 
 def test_what_a_stage_derives_does_not_depend_on_how_the_folder_is_spelled(tmp_path, monkeypatch):
@@ -880,3 +941,12 @@ def test_a_warm_up_reads_the_answer_alone_and_needs_steps():
         assert made.solution_template == wanted
     with pytest.raises(InputError, match="--stage warm_up"):
         check_config(Config(stage="warm_up", teacher_sft_steps=0))
+
+
+@pytest.mark.parametrize("opened, wanted", [("", "<think>\n"), ("<think>", ""), ("<think>\n", "")])
+def test_thinking_is_opened_once(opened, wanted):
+    """Some templates end their generation prompt with the tag."""
+    tokenizer, made = char_tokenizer(), Config()
+    tokenizer.chat_template = CHAT.replace("<assistant>", f"<assistant>{opened}")
+    distill.fill_formats(made, tokenizer)
+    assert made.thought_prefix == wanted and made.thought_suffix == "\n</think>\n"
