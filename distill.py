@@ -18,7 +18,8 @@ the teacher is the student itself with a right and a wrong attempt before its ey
 kd_weight 0: on its own samples that the checker passed, or, with --rounds (2503.18866), on latent thoughts drawn by
 how well they explain the solution.
 Against the authors' code: texts meet as token ids and spans are counted, never searched, the end of a turn stands for
-RLT's closing tag, and its teacher reads the solution in the user's turn. Against TRL: only trained tokens meet the heads, which never make a [tokens, V] tensor.
+RLT's closing tag, and its teacher reads the solution in the user's turn. Against TRL: only trained tokens meet the
+heads, which never make a [tokens, V] tensor.
 
 Dimensions: P prompts · G samples per prompt · R rows of a step · B rows of one forward · T tokens · S = T - 1
 predicting positions · N trained tokens · V vocabulary · D, H the student's and the teacher's width · K of --kd_topk.
@@ -91,7 +92,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: wrong steps in the solutions of the warm-up, logits and on_policy")
     output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it")
@@ -348,8 +349,9 @@ def load_rows(config):
     if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
         rows = read_rows(name, split)
         if any(key in rows[0] for key in ("messages", "completion", "text")):
-            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt") else row
-                    for row in rows[: config.n_train or None]]
+            rows = rows[: config.n_train or None]
+            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt")
+                    else row for row in rows]
     problems = load_train_problems(config, error_rate=config.error_rate)
     return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
             for problem in problems]

@@ -77,7 +77,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`, --pairs offline: share of wrong steps in the rejected solutions")
     output_dir: str = flag("runs/dpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")

@@ -869,18 +869,21 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=256, temperature=1.0
     rows = first[-1]
     out = Rollouts(torch.zeros(rows, max_new_tokens, dtype=torch.long), torch.zeros(rows, max_new_tokens),
                    torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool))
-    order = sorted((i for i, count in enumerate(counts) if count), key=lambda i: len(prompts[i]))  # little padding
+    jobs = [(i, range(start, min(start + batch_size, count))) for i, count in enumerate(counts)
+            for start in range(0, count, batch_size)]  # (prompt, which of its completions)
+    jobs.sort(key=lambda job: len(prompts[job[0]]))  # little padding
     bar = tqdm(total=rows, desc="generate", unit="row", disable=not progress, leave=False)
     tokens = 0
-    while order:
-        fits = sum(total <= batch_size for total in np.cumsum([counts[i] for i in order]))
-        part, order = order[: max(1, fits)], order[max(1, fits) :]
-        rows_B = [row for i in part for row in range(first[i], first[i + 1])]
+    while jobs:
+        fits = sum(total <= batch_size for total in np.cumsum([len(copies) for _, copies in jobs]))
+        part, jobs = jobs[:fits], jobs[fits:]
+        rows_B = [first[i] + j for i, copies in part for j in copies]
         uniforms_BT = torch.from_numpy(np.stack([
-            np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i in part for j in range(counts[i])]))
+            np.random.default_rng([*seed, keys[i], j]).random(max_new_tokens) for i, copies in part for j in copies]))
         before = bar.n
-        batch = decode_batch(model, [prompts[i] for i in part], [counts[i] for i in part], uniforms_BT, stop,
-                             temperature, top_p, top_k, lambda going: bar.update(before + len(rows_B) - going - bar.n))
+        batch = decode_batch(model, [prompts[i] for i, _ in part], [len(copies) for _, copies in part], uniforms_BT,
+                             stop, temperature, top_p, top_k,
+                             lambda going: bar.update(before + len(rows_B) - going - bar.n))
         out.tokens_RT[rows_B], out.logps_RT[rows_B], out.lengths_R[rows_B], out.finished_R[rows_B] = batch
         tokens += int(batch[2].sum())
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
@@ -1265,8 +1268,8 @@ class Config:
     n_problems: int = flag(256, "problems, drawn by the seed; 0: all there are")
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer; empty: found by its usual names")
-    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
-    domains: str = flag("", "kinds of problems to keep, such as add,mul; empty: all")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
+    domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     prompt_template: str = flag("{prompt}", "text around each prompt, with {prompt} where it goes")
     chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
     n: int = flag(8, "samples a problem")
@@ -1282,8 +1285,6 @@ class Config:
     output_dir: str = flag("runs/eval", "where eval.json, samples.jsonl and eval.png go; with --plot: curves.png")
     against: str = flag("first", "compare each checkpoint with the first, with the one before it (previous), or all")
     plot: list[str] = flag([], "draw the training curves of these run folders instead")
-
-
 
 
 def read_ks(config):

@@ -82,7 +82,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
     overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
@@ -1309,7 +1309,8 @@ def knapsack_allocation(rates_P, total, usual, low, high):
     The worth of n completions at success rate p is (1 - p^n - (1-p)^n) p (1-p)^2, the chance of a gradient times what
     it gains. It is concave in n, so giving out one completion after another where it adds most is exactly optimal.
     Every prompt gets `low`, one of unknown rate (None) `usual`, a mixed one at most `high`. What the mixed ones do not
-    need for a group that is mixed with chance about 0.9 goes to prompts never answered right, else to all (beyond `high`).
+    need for a group that is mixed with chance about 0.9 goes to prompts never answered right, else to all (beyond
+    `high`).
     Source: Knapsack RL 2509.25849 section 3; the order and the constants are its code's.
     """
     counts = [usual if rate is None else low for rate in rates_P]
@@ -1350,8 +1351,8 @@ def warn_of_short_run(config, n_problems, n_rows):
     """Says where --max_steps are too few for the sampler to do what its name says."""
     rollouts = n_rows * math.ceil(config.max_steps / config.num_iterations)
     if config.sampler == "knapsack" and rollouts // config.num_generations <= n_problems:
-        say(f"--sampler knapsack: no problem comes twice in this run, so it samples as uniform does; a smaller --n_train "
-            f"than {n_problems} is meant")
+        say(f"--sampler knapsack: no problem comes twice in this run, so it samples as uniform does; a smaller "
+            f"--n_train than {n_problems} is meant")
     if config.sampler == "adcl" and (measured := config.adcl_samples * n_problems) > rollouts:
         say(f"--sampler adcl: measuring alone takes {measured} completions, training {rollouts}; a smaller --n_train "
             f"than {n_problems} is meant")
@@ -2000,8 +2001,8 @@ def make_frozen(flag_name, needed, tokenizer, config, world):
     name = getattr(config, flag_name)
     model, theirs = load_model(name, chat_template=config.chat_template)
     if theirs.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"--{flag_name} {name}: its tokenizer is not the policy's, and a token's log-prob means nothing "
-                         "under it")
+        raise InputError(f"--{flag_name} {name}: its tokenizer is not the policy's, and a token's log-prob means "
+                         "nothing under it")
     return shard(Policy(model.eval().requires_grad_(False).to(world.device)), config)
 
 

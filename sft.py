@@ -78,7 +78,7 @@ class Config:
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
     prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "levels of problems to keep, such as 1-3 or 1,4; empty: all there are (`chain`: 1-5)")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     error_rate: float = flag(0.15, "`chain`: share of steps that are wrong in the solutions: an imperfect teacher")
     output_dir: str = flag("runs/sft", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
@@ -310,8 +310,9 @@ def load_rows(config):
     if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
         rows = read_rows(name, split)
         if any(key in rows[0] for key in ("messages", "completion", "text")):
-            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt") else row
-                    for row in rows[: config.n_train or None]]
+            rows = rows[: config.n_train or None]
+            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt")
+                    else row for row in rows]
     problems = load_train_problems(config, error_rate=config.error_rate)
     return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
             for problem in problems]

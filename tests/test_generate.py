@@ -90,6 +90,17 @@ def test_a_row_does_not_depend_on_its_neighbours(qwen, tokenizer):
     assert [other.ids(r) for r in range(20)] != [whole.ids(r) for r in range(20)]
 
 
+def test_no_more_than_batch_size_rows_are_decoded_at_once(qwen, tokenizer, monkeypatch):
+    """Many samples of one prompt are split too: what fits in memory is what the flag says, and nothing else changes."""
+    prompts, sizes, decode = encoded(tokenizer), [], ground.decode_batch
+    monkeypatch.setattr(ground, "decode_batch", lambda *args: sizes.append(len(args[3])) or decode(*args))
+    whole = generate(qwen, tokenizer, prompts[:2], n=[7, 2], max_new_tokens=20, seed=5)
+    parts = generate(qwen, tokenizer, prompts[:2], n=[7, 2], max_new_tokens=20, seed=5, batch_size=3)
+    assert sizes == [9, 2, 3, 3, 1]  # the shorter prompt first
+    assert [parts.ids(r) for r in range(9)] == [whole.ids(r) for r in range(9)]
+    assert torch.equal(parts.lengths_R, whole.lengths_R) and torch.equal(parts.finished_R, whole.finished_R)
+
+
 def test_shared_prefill_and_compaction_change_nothing(qwen, tokenizer, monkeypatch):
     """Every row decoded alone, by a loop over the whole sequence without any cache, from the same numbers."""
     prompts = encoded(tokenizer)

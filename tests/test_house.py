@@ -46,6 +46,13 @@ def test_every_flag_is_read_and_explained(name):
         assert field.name in read, f"--{field.name} is read by nobody"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_lines_fit_beside_each_other(name):
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 120 or line != line.rstrip()]
+    assert not re.search(r"\n{4}", "\n".join(lines))  # two empty lines part functions, never three
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_function_of_a_script_is_used_in_it(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text())
