@@ -895,7 +895,7 @@ def begin_run(config, world, resume, args, model, data):
         name = "dataset_name" if hasattr(config, "dataset_name") else "domains"
         raise InputError(f"--{name} {getattr(config, name)}: not the data this run began with; --overwrite starts over")
     step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
-    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+    for path in (run / f"{name}.jsonl" for name in ("metrics", "samples", "pairs", "bad_steps")):
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
@@ -1389,6 +1389,21 @@ def restored_round(tensors, pairs):
     return Round(pairs, tensors["reference_PC"])
 
 
+def write_pairs(run, step, pairs, data, tokenizer):
+    """Appends a round's pairs to pairs.jsonl, in the order that bad_steps.jsonl counts in and `--pairs offline` reads.
+
+    The texts are those of the tokens, without what ends a turn; the prompt is the data's, unless it goes on into an
+    answer, as those of --pairs steps do.
+    """
+    asked = {tuple(ids): problem.prompt for ids, problem in zip(data.prompts, data.problems)}
+    end = end_of_turn(tokenizer)
+    for pair in pairs:
+        texts = tokenizer.batch_decode([ids[:-1] if ids[-1:] == [end] else ids for ids in pair[:3]],
+                                       clean_up_tokenization_spaces=False)
+        line = dict(zip(("prompt", "chosen", "rejected"), texts))
+        append_line(run / "pairs.jsonl", {"step": step + 1, **line, "prompt": asked.get(tuple(pair.prompt), texts[0])})
+
+
 def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
     """(the Round that begins at this step, numbers to log about it).
 
@@ -1411,6 +1426,8 @@ def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
             if world.rank == 0:
                 print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
             return before, about
+        if world.rank == 0:
+            write_pairs(Path(config.output_dir), step, pairs, data, tokenizer)
     if flags.loss_type in REFERENCE_FREE:
         return Round(pairs, torch.zeros(len(pairs), 2)), about
     keep = config.pairs == "offline" and config.reference_cache

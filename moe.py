@@ -1164,7 +1164,7 @@ def begin_run(config, world, resume, args, model, data):
         name = "dataset_name" if hasattr(config, "dataset_name") else "domains"
         raise InputError(f"--{name} {getattr(config, name)}: not the data this run began with; --overwrite starts over")
     step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
-    for path in (run / "metrics.jsonl", run / "samples.jsonl", run / "bad_steps.jsonl"):
+    for path in (run / f"{name}.jsonl" for name in ("metrics", "samples", "pairs", "bad_steps")):
         if path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last

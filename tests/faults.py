@@ -334,7 +334,7 @@ def assert_same(run, expected):
             assert ours.keys() == theirs.keys(), name
             for key in theirs:
                 assert torch.equal(ours[key], theirs[key]), f"{name}: {key} differs"
-        elif name.endswith(("state.json", "samples.jsonl", "bad_steps.jsonl")):
+        elif name.endswith(("state.json", "samples.jsonl", "pairs.jsonl", "bad_steps.jsonl")):
             assert (run / name).read_bytes() == (expected / name).read_bytes(), name
 
 

@@ -592,6 +592,35 @@ def test_a_run_stopped_at_every_step_of_both_phases_ends_bit_equal(tiny_model, t
         assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
 
 
+@pytest.mark.parametrize("pairs", ["on_policy", "steps"])
+def test_pairs_that_were_sampled_are_written_down_and_train_again(tiny_model, tmp_path, monkeypatch, pairs):
+    """pairs.jsonl holds every round's pairs in their order, once, also where the run was stopped within a round; as a
+    data set they are the same token ids."""
+    monkeypatch.setattr(dpo, "verify", right_if_short)
+    made, sample_pairs, stops = [], dpo.sample_pairs, [0, 15, 0]
+    monkeypatch.setattr(dpo, "sample_pairs", lambda *args: made.append(sample_pairs(*args)) or made[-1])
+    monkeypatch.setattr(dpo.StopSignal, "agreed", lambda self, world: stops.pop(0) if stops else 0)
+    run, flags = tmp_path / "run", RUN | dict(model_name_or_path=str(tiny_model), pairs=pairs, resample_steps=2,
+                                              round_prompts=10, num_generations=4, max_completion_length=20)
+    with pytest.raises(SystemExit):
+        dpo.main(Config(**flags, output_dir=str(run)))
+    with open(run / "pairs.jsonl", "a") as file:  # of a round that the checkpoint knows nothing of
+        file.write('{"step": 3, "prompt": "1+1=", "chosen": "2", "rejected": "3"}\n')
+    dpo.main(Config(**flags, output_dir=str(run)))
+    rows = [json.loads(line) for line in (run / "pairs.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1] * len(made[0][0]) + [3] * len(made[1][0])
+    tokenizer, sampled = char_tokenizer(), [pair for pairs, _ in made for pair in pairs]
+    again = [dpo.row_pair(tokenizer, row, "{prompt}", "here") for row in rows]
+    end = [tokenizer.eos_token_id]
+    for ours, theirs in zip(again, sampled, strict=True):  # what was cut off, and a single step, has no end of its own
+        assert ours.prompt == theirs.prompt
+        for mine, sampled_ids in zip(ours[1:3], theirs[1:3]):
+            assert mine == sampled_ids if sampled_ids[-1:] == end else mine == sampled_ids + end
+    if pairs == "on_policy":
+        assert {row["prompt"] for row in rows} <= {problem.prompt for problem in load_problems("chain", "train", 40,
+                                                                                               levels="1-2")}
+
+
 def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "verify", lambda text, answer: False)
     with pytest.raises(dpo.RunError, match="^step 1: of 6 prompts none gave a pair: no right one and a wrong one"):
