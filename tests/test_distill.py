@@ -234,7 +234,7 @@ def gradient(stage, model, max_rows, max_tokens):
 
 
 @pytest.mark.parametrize("flags", [dict(divergence="forward", kd_weight=0.4, kd_temperature=2.0), dict(divergence="reverse"),
-                                   dict(divergence="jsd"), dict(kd_topk=5)])
+                                   dict(divergence="jsd"), dict(kd_topk=5), dict(kd_topk=5, kd_temperature=2.0)])
 def test_loss_and_gradient_equal_a_loop_over_single_rows(folders, flags):
     """Through transformers' own logits, each row alone; student and teacher read the completion in other contexts."""
     model, (bare, told) = load_model(folders["student"])[0], uneven()
@@ -565,31 +565,51 @@ def test_the_reference_moves_by_its_share_and_survives_a_checkpoint(folders):
     assert distill.reference_tensors(None) == {}
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.2])
-def test_rlt_trains_the_teacher_alone(folders, beta):
-    """The step's gradient equals a loop's from the rewards; student and reference get none, and stay as they are."""
+@pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (0.2, 1.0), (0.2, 0.6)])
+def test_rlt_trains_the_teacher_alone(folders, monkeypatch, beta, temperature):
+    """The step's gradient and numbers equal a loop's from the rewards, one group alike; student and reference get no
+    gradient. Policy and reference are read at the temperature that the samples were drawn at."""
     c = config(stage="teacher", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"], beta=beta,
-               n_train=20, levels="1", per_device_train_batch_size=16, max_completion_length=8)
+               n_train=20, levels="1", per_device_train_batch_size=16, max_completion_length=8, temperature=temperature)
     model, tokenizer = load_model(folders["student"])
-    stage = Reinforce(tokenizer, c, ALONE, None)
-    seen = []
-    advantages = distill.group_advantages
-    distill.group_advantages = lambda rewards, scale: seen.append(rewards) or advantages(rewards, scale)
-    try:
-        picked, about = stage.begin(0, model)
-    finally:
-        distill.group_advantages = advantages
-    rewards = seen[0]
-    assert rewards.shape == (4, 4) and about["reward"] == pytest.approx(float(rewards.mean()))
+    stage, seen = Reinforce(tokenizer, c, ALONE, None), []
+    if beta:
+        with torch.no_grad():
+            for weight in stage.reference.parameters():  # as after some steps: no longer the policy
+                weight *= 0.95
+    advantages, score = distill.group_advantages, distill.score_explanations
+    monkeypatch.setattr(distill, "group_advantages", lambda rewards, scale: seen.append(rewards) or advantages(rewards, scale))
+
+    def first_group_alike(student, lessons, rollouts, *given):
+        clear_R, forced_R = score(student, lessons, rollouts, *given)
+        clear_R[:4], forced_R[:4] = (~rollouts.finished_R[:4]).float(), 0.0  # makes up for what a cut-off one costs
+        return clear_R, forced_R
+
+    monkeypatch.setattr(distill, "score_explanations", first_group_alike)
+    sampled = distill.generate
+    monkeypatch.setattr(distill, "generate", lambda *given, **flags: seen.append(given[5]) or sampled(*given, **flags))
+    picked, about = stage.begin(0, model)
+    heat, rewards = seen
+    assert heat == temperature and rewards.shape == (4, 4) and about["reward"] == pytest.approx(float(rewards.mean()))
     assert about["reward"] == pytest.approx(
         about["rewards/understanding/mean"] - 3 * about["rewards/implausibility/mean"] - about["completions/clipped_ratio"], abs=1e-5)
-    wanted = 0.0
+    assert 0 < about["completions/clipped_ratio"] < 1
+    assert stage.rows == list(range(0 if beta else 4, 16))  # without KL a group that scored alike has no gradient
+    wanted, kl, entropy, n_tokens = 0.0, 0.0, 0.0, 0
     for row, example in zip(stage.rows, stage.examples):
-        logps = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        ids = torch.tensor([example.ids])
+        logps = (model(ids).logits[0] / temperature).log_softmax(-1)
         places = [t for t in range(len(example.ids)) if example.trained[t]]
         g, r = rewards[row // 4], rewards[row // 4, row % 4]
-        mean = sum(logps[t - 1, example.ids[t]] for t in places) / len(places)
-        wanted = wanted - (r - g.mean()) / (g.std() + 1e-4) * mean / 16  # at the start KL's gradient is zero
+        gain = 0.0 if row < 4 else (r - g.mean()) / (g.std() + 1e-4) * sum(logps[t - 1, example.ids[t]] for t in places)
+        if beta:
+            with torch.no_grad():
+                theirs = (stage.reference.model(ids).logits[0] / temperature).log_softmax(-1)
+            gaps = [theirs[t - 1, example.ids[t]] - logps[t - 1, example.ids[t]] for t in places]
+            k3 = sum(gap.exp() - gap - 1 for gap in gaps)
+            gain, kl = gain - beta * k3, kl + float(k3.detach())
+        wanted, n_tokens = wanted - gain / len(places) / 16, n_tokens + len(places)
+        entropy -= sum(float((logps[t - 1].exp() * logps[t - 1]).sum()) for t in places)
     model.zero_grad()
     wanted.backward()
     loops = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -597,33 +617,23 @@ def test_rlt_trains_the_teacher_alone(folders, beta):
         _, found = gradient(stage, model, size, 0)
         for name in loops:
             assert torch.allclose(found[name], loops[name], atol=1e-6 + 1e-4 * float(loops[name].abs().max()))
+    parts = distill.micro_batches(stage.lengths, 5, 0, ALONE)
+    numbers = [stage.loss_of(Learner(model), collate(stage.examples, part, ALONE.device))[1] for part in parts]
+    assert sum(float(n["entropy"].detach()) for n in numbers) == pytest.approx(entropy / n_tokens, rel=1e-4)
+    if beta:
+        assert sum(float(n["kl"].detach()) for n in numbers) == pytest.approx(kl / n_tokens, rel=1e-3) and kl > 0.1
     for frozen in filter(None, (stage.frozen, stage.reference)):
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
     assert (stage.reference is None) == (beta == 0)
 
 
-def test_the_entropy_is_a_mean_over_the_tokens_that_train(folders, monkeypatch):
-    """Without KL a group that scored alike is left out of the step; its tokens must not thin the mean."""
-    c = config(stage="teacher", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"], beta=0.0,
-               n_train=20, levels="1", per_device_train_batch_size=16, max_completion_length=8)
-    model, tokenizer = load_model(folders["student"])
-    stage = Reinforce(tokenizer, c, ALONE, None)
-    score = distill.score_explanations
-
-    def first_group_alike(*given):
-        return tuple(torch.cat([torch.ones(4), scores_R[4:]]) for scores_R in score(*given))
-
-    monkeypatch.setattr(distill, "score_explanations", first_group_alike)
-    c.format_penalty = 0.0
-    stage.begin(0, model)
-    assert len(stage.examples) == 12
-    found = sum(float(stage.loss_of(Learner(model), collate(stage.examples, part, ALONE.device))[1]["entropy"])
-                for part in distill.micro_batches(stage.lengths, 5, 0, ALONE))
-    entropies = []
-    for example in stage.examples:
-        logps = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
-        entropies += [-float((logps[t - 1].exp() * logps[t - 1]).sum()) for t in range(1, len(example.ids)) if example.trained[t]]
-    assert found == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+def test_the_reference_follows_every_so_many_steps(tiny_model, tmp_path, monkeypatch):
+    steps, train_step, follow = [], distill.train_step, distill.follow
+    monkeypatch.setattr(distill, "train_step", lambda *given: steps.append("step") or train_step(*given))
+    monkeypatch.setattr(distill, "follow", lambda *given: steps.append(given[2]) or follow(*given))
+    distill.main(Config(**TEACHER | dict(teacher_steps=5, ref_model_sync_steps=2), model_name_or_path=str(tiny_model),
+                        output_dir=str(tmp_path / "run"), ref_model_mixup_alpha=0.7))
+    assert steps == ["step", "step", 0.7, "step", "step", 0.7, "step"]
 
 
 # --- runs ---
