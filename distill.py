@@ -137,7 +137,7 @@ class Config:
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
     trace_temperature: float = flag(0.3, "of the teacher's texts for the student: rlt, completions teacher")
-    generation_batch_size: int = flag(256, "rows decoded at once, or those of one prompt; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
     per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward")
     gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
     micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")

@@ -98,7 +98,7 @@ class Config:
     max_prompt_length: int = flag(512, "tokens; a longer prompt is an error")
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; the loss is at 1")
-    generation_batch_size: int = flag(256, "rows decoded at once, or those of one prompt; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
     easy_to_hard: float = flag(0.0, "share of the run in which the data opens by level, easiest first; 0: all at once")
     budget: int = flag(0, "annotated examples in all, problems or pairs; 0: n_train")
     sft_fraction: float = flag(0.0, "share of the examples, and of the steps, spent on a cold start (sft) first")

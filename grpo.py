@@ -91,7 +91,7 @@ class Config:
     max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out")
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
-    generation_batch_size: int = flag(256, "rows decoded at once, or those of one prompt; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
     stages: list[str] = flag([], "limit x G of equal parts of the run, such as 64x16 128x8 256x4; none: one stage")
     sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
     arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain")

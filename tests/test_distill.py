@@ -627,6 +627,20 @@ def test_rlt_trains_the_teacher_alone(folders, monkeypatch, beta, temperature):
     assert (stage.reference is None) == (beta == 0)
 
 
+@pytest.mark.parametrize("flags", [dict(method="on_policy"), dict(stage="teacher", beta=0.0)])
+def test_every_step_draws_numbers_of_its_own(folders, monkeypatch, flags):
+    """The same weights and prompts say something else in another step, and the same again in the same one."""
+    c = config(model_name_or_path=folders["student"], teacher_model_name_or_path=folders["teacher"], n_train=4, levels="1",
+               per_device_train_batch_size=16 if "stage" in flags else 4, **flags)
+    model, tokenizer = load_model(folders["student"])
+    monkeypatch.setattr(distill, "rows_of_step", lambda *given: list(range(4)))
+    stage, said = (Reinforce if "stage" in flags else Imitate)(tokenizer, c, ALONE, None), []
+    for step in (0, 1, 1):
+        stage.begin(step, model)
+        said.append([example.ids for example in stage.examples])
+    assert said[0] != said[1] == said[2]
+
+
 def test_the_reference_follows_every_so_many_steps(tiny_model, tmp_path, monkeypatch):
     steps, train_step, follow = [], distill.train_step, distill.follow
     monkeypatch.setattr(distill, "train_step", lambda *given: steps.append("step") or train_step(*given))
