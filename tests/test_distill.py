@@ -478,6 +478,18 @@ def test_ssb_traces(monkeypatch):
     assert [tokenizer.decode(ids) for ids in trace[2:]] == ["1=", "one#1<eos>", "#1|#2|1="]
 
 
+def test_in_ssb_the_teacher_reads_both_attempts_and_the_student_none(folders, monkeypatch):
+    traces = [distill.Trace(f"{i}=", "#1", [i, 20], [9, 9, 1], [7, 7, i, 20]) for i in range(4, 8)]
+    monkeypatch.setattr(distill, "ssb_traces", lambda *given: (traces, {}))
+    c = config(method="ssb", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"], n_train=4,
+               per_device_train_batch_size=3)
+    stage = Imitate(char_tokenizer(), c, ALONE, None)
+    picked, _ = stage.begin(0, None)
+    assert stage.examples == [Example([i + 4, 20, 9, 9, 1], [False] * 2 + [True] * 3) for i in picked]
+    assert stage.teacher_examples == [Example([7, 7, i + 4, 20, 9, 9, 1], [False] * 4 + [True] * 3) for i in picked]
+    assert stage.lengths == [7] * 3 and stage.n_tokens == 9
+
+
 def test_bootstrap_traces(monkeypatch, tmp_path):
     """The first right and ended sample within the budget, in the bare context, the budget named where asked for."""
     said = {"1": [("#1", True), ("thinking#1", True)], "2": [("thinking#2", False), ("thinkinghard#2", True)],
@@ -489,7 +501,8 @@ def test_bootstrap_traces(monkeypatch, tmp_path):
     c = config(method="bootstrap", num_generations=2, min_thought_tokens=5, max_thought_tokens=16,
                demonstrations=str(path), n_shots=2, budget_template="{prompt}[{budget}]")
     traces, about = distill.bootstrap_traces(None, tokenizer, problems, c, ALONE)
-    assert all(line.count("\n") == 2 and line.endswith("=") for line in asked) and len(set(asked)) == 3
+    assert all(line.count("\n") == 2 and line.endswith("=") for line in asked)
+    assert len({line.rpartition("\n")[0] for line in asked}) > 1  # drawn anew for each problem
     assert [tokenizer.decode(trace.prompt_ids + trace.completion_ids) for trace in traces] == [
         "1=[16]thinking#1<eos>", "2=[16]thinkinghard#2<eos>"]
     assert [(trace.prompt, trace.completion) for trace in traces] == [
