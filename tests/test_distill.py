@@ -384,11 +384,15 @@ def test_a_token_the_teacher_lacks_is_named(folders, monkeypatch):
     stage = Imitate(char_tokenizer(), c, ALONE, None)
     made = rollouts_of(["1", "2", "3", "4"], [True] * 4)
     made.tokens_RT[:, 5] = 5000  # past the end: means nothing
-    monkeypatch.setattr(distill, "sample", lambda *given: made)
+    monkeypatch.setattr(distill, "sample", lambda *given, **flags: made)
     stage.begin(0, None)
     made.tokens_RT[2, 0] = stage.n_ids
     with pytest.raises(distill.RunError, match=f"the student sampled token id {stage.n_ids}, which the teacher lacks"):
         stage.begin(0, None)
+    c = config(stage="teacher", model_name_or_path=folders["student"], teacher_model_name_or_path=folders["student"],
+               per_device_train_batch_size=4, n_train=8, levels="1")
+    with pytest.raises(distill.RunError, match=f"the teacher sampled token id {stage.n_ids}, which the student lacks"):
+        Reinforce(char_tokenizer(), c, ALONE, None).begin(0, None)
 
 
 def test_a_warm_up_keeps_to_max_length():
@@ -396,6 +400,10 @@ def test_a_warm_up_keeps_to_max_length():
     examples = distill.make_warm_up(char_tokenizer(), c)
     everything = distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="1-5", max_completion_length=12))
     assert 0 < len(examples) < len(everything) == 50 and max(len(e.ids) for e in examples) <= 60
+    first = ground.load_problems("chain", "train", 1, levels="1-5", error_rate=c.error_rate)[0]
+    read, said = f"{first.prompt}#{first.answer}:", first.solution.partition("#")[0]
+    assert char_tokenizer().decode(everything[0].ids) == f"{read}{said}<eos>"
+    assert everything[0].trained == [False] * len(read) + [True] * (len(said) + 1)
     with pytest.raises(InputError, match="--max_length 16"):
         distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="2", max_length=16, max_completion_length=1))
 
@@ -434,6 +442,9 @@ def test_rows_sampled_by_the_student_are_a_share_and_the_others_are_the_data(fol
         assert all(distill.prompt_of(a) == distill.prompt_of(stage.pool[i]) for i, a in zip(picked, stage.examples))
         assert stage.teacher_examples is stage.examples
         shares[lmbda] = sum(own) / 24
+        picked, _ = stage.begin(1, student)
+        again = [example != stage.pool[i] for i, example in zip(picked, stage.examples)]
+        assert (again != own) == (lmbda == 0.5)  # other rows in another step
     assert shares[0.0] == 0 and shares[1.0] == 1 and 0.2 < shares[0.5] < 0.8
 
 
