@@ -7,12 +7,12 @@ For each prompt, G completions are sampled and checked; a completion is worth wh
     r = p(token) / p_old(token), p_old at the time of sampling
 
 `--loss_type` chooses what the token's weight is and what takes the place of the clipped ratio; all weights divide by
-counts of the whole optimizer step, over all processes. The value of this loss says nothing of what is learned: on fresh
-rollouts it is 0, but for what KL, entropy, imitation and cispo's log p add, and under dapo and dr_grpo for the weight
-that a longer completion has. Look at reward, entropy and clip_ratio. Against TRL's GRPOTrainer: a prompt is prefilled once for its
-group, finished rows leave the batch, rows are sorted by length instead of padded to the longest of the step, groups
-whose completions all scored alike are not computed at all (their gradient is exactly zero) yet stay in the
-denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
+counts of the whole optimizer step, over all processes. The value of this loss does not show what is learned: on fresh
+rollouts it is 0, but for what KL, entropy, imitation and cispo's log p add, and for the larger weight of a longer
+completion under dapo and dr_grpo. Look at reward, entropy and clip_ratio. Against TRL's GRPOTrainer: a prompt is
+prefilled once for its group, finished rows leave the batch, rows are sorted by length instead of padded to the longest
+of the step, groups whose completions all scored alike are not computed at all (their gradient is exactly zero) yet
+stay in the denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
 
 Curricula are classes under "samplers", hints and subgoals functions under "scaffolds"; what depends on the step alone
 (budgets, stages, annealing) is in `pace_of`. README.md lists every method with its flag.
