@@ -26,7 +26,8 @@ predicting positions · N trained tokens · V vocabulary · D, H the student's a
 
     python sft.py && python distill.py                # the embedded task, all three stages of rlt
     python distill.py --method on_policy --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --output_dir runs/kd   # one GPU
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_test_split test \
+        --output_dir runs/kd                                                                 # one GPU
     torchrun --nproc-per-node 8 distill.py --fsdp ...                                        # several GPUs
 """
 

@@ -19,7 +19,8 @@ n samples each, of which c_q are right:
 The problem is the unit of every interval: samples of one problem are not independent, and an interval over all samples
 would be about half as wide as it should be. Checkpoints are compared on the same problems, difference by difference.
 
-Dimensions: B rows decoded together · R all rows · P prompts · T tokens · V vocabulary · Q problems.
+Dimensions: B rows decoded together · L those still going · R all rows · P prompts · W tokens of the longest prompt ·
+T tokens · V vocabulary · Q problems.
 """
 
 import copy

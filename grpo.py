@@ -7,22 +7,22 @@ For each prompt, G completions are sampled and checked; a completion is worth wh
     r = p(token) / p_old(token), p_old at the time of sampling
 
 `--loss_type` chooses what the token's weight is and what takes the place of the clipped ratio; all weights divide by
-counts of the whole optimizer step, over all processes. The value of this loss means nothing (on fresh
-rollouts it is about 0 but for what KL, entropy, imitation and cispo's log p add): look at reward, entropy and
-clip_ratio. Against TRL's GRPOTrainer: a prompt is prefilled once for its
-group, finished rows leave the batch, rows are sorted by length instead of padded to the longest of the step, groups
-whose completions all scored alike are not computed at all (their gradient is exactly zero) yet stay in the
-denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
+counts of the whole optimizer step, over all processes. The value of this loss does not show what is learned: on fresh
+rollouts it is 0, but for what KL, entropy, imitation and cispo's log p add, and for the larger weight of a longer
+completion under dapo and dr_grpo. Look at reward, entropy and clip_ratio. Against TRL's GRPOTrainer: a prompt is
+prefilled once for its group, finished rows leave the batch, rows are sorted by length instead of padded to the longest
+of the step, groups whose completions all scored alike are not computed at all (their gradient is exactly zero) yet
+stay in the denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
 
 Curricula are classes under "samplers", hints and subgoals functions under "scaffolds"; what depends on the step alone
 (budgets, stages, annealing) is in `pace_of`. README.md lists every method with its flag.
 
 Dimensions: P prompts · G completions per prompt · R = P G rows of a step · B rows of one forward · T tokens ·
-S = T - 1 predicting positions · N trained tokens.
+S = T - 1 predicting positions · N trained tokens · D model width · V vocabulary.
 
     python sft.py && python grpo.py                   # the embedded task: four minutes of one core
     python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --output_dir runs/g \
-        --max_completion_length 512 --per_device_train_batch_size 128                     # one GPU
+        --dataset_test_split test --max_completion_length 512 --per_device_train_batch_size 128  # one GPU
     torchrun --nproc-per-node 8 grpo.py --fsdp ...                                        # several GPUs
 """
 
@@ -92,7 +92,7 @@ class Config:
     max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
     generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
-    stages: list[str] = flag([], "limit x G of equal parts of the run, such as 64x16 128x8 256x4; none: one stage")
+    stages: list[str] = flag([], "limit x G of equal parts of the run, such as 32x16 64x8 128x4; none: one stage")
     sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
     arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain")
     sampler_rate: float = flag(0.5, "sec, domain_aware: weight of the newest step in the running mean")

@@ -15,7 +15,7 @@ grpo.py and eval.py read them. A token counts where its successor is trained: ne
 Dimensions: B rows · T tokens · S = T - 1 predicting positions · N = B S · C those that count · D model width ·
 E experts · K chosen · L layers · G groups of tokens that share one f · M domains.
 
-    python moe.py                     # 0.6 M parameters; code, documentation, sums; no network; about 3 minutes
+    python moe.py                     # 0.6 M parameters; code, documentation, sums; no network; 2.5 minutes
     python moe.py --upcycle Qwen/Qwen3-0.6B --num_experts 8 --domains a.jsonl,owner/dataset --output_dir runs/up \
         --max_length 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 16 --n_train 0   # one GPU
     torchrun --nproc-per-node 8 moe.py --fsdp ...     # several GPUs

@@ -16,8 +16,8 @@ Dimensions: B sequences · T tokens · S = T - 1 predicting positions · V vocab
 O, I a matrix's outputs and inputs · R the rank of an adapter.
 
     python sft.py                                     # 0.6 M parameters, arithmetic chains, no network: 2.5 minutes
-    python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --output_dir runs/sft-qwen \
-        --learning_rate 1e-5 --max_steps 300 --per_device_train_batch_size 32             # one GPU
+    python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name openai/gsm8k --dataset_test_split test \
+        --output_dir runs/sft-qwen --learning_rate 1e-5 --max_steps 300 --per_device_train_batch_size 32  # one GPU
     torchrun --nproc-per-node 8 sft.py --fsdp ...                                         # several GPUs
 """
 
@@ -138,7 +138,7 @@ def dco_factor(logp, n):
     """What direct coverage optimisation leaves of the gradient of log p: N p (1-p)^(N-1) / (1 - (1-p)^N), in 0..1.
 
     It turns the gradient of -log p into that of -log(1 - (1-p)^N), the chance that N samples all miss. logp in nats, of
-    any shape; float64, without gradient. 1 for N = 1 or N p near 0, then falling: 0.58 at p = 1/N, 0 at p = 1.
+    any shape; float64, without gradient. 1 for N = 1 or N p near 0, then falling: about 0.6 at p = 1/N, 0 at p = 1.
     Source: 2502.07154, the factor F(N, p).
     """
     logp = logp.detach().double().clamp(-700, -1e-12)  # beyond, p or 1 - p would round to 0
@@ -768,13 +768,18 @@ def first_gradients(model, linears, examples, rows_per_step, config, world):
     return [linear.weight.grad for linear in linears]
 
 
-def add_adapters(model, examples, rows_per_step, config, world):
-    """Freezes the model and puts a LowRank in place of each linear layer; embeddings and the head get none."""
-    model.to(world.device).requires_grad_(False)
+def adapter_places(model, config):
+    """(name, layer) of each linear layer that gets an adapter: none of the embeddings, nor the head. InputError."""
     places = [(name, layer) for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear)]
     smallest = min((min(layer.weight.shape) for _, layer in places), default=0)
     if config.lora_rank > smallest:
         raise InputError(f"--lora_rank {config.lora_rank}: the smallest matrix has rank {smallest}")
+    return places
+
+
+def add_adapters(model, places, examples, rows_per_step, config, world):
+    """Freezes the model and puts a LowRank in each of these places."""
+    model.to(world.device).requires_grad_(False)
     grads = [None] * len(places)
     if config.lora_init == "lora_sb":
         grads = first_gradients(model, [layer for _, layer in places], examples, rows_per_step, config, world)
@@ -1345,10 +1350,11 @@ def main(config):
     notes_of = annotator(rows + replay_rows, examples, tokenizer, config, world)
     if config.num_train_epochs:
         config.max_steps = math.ceil(config.num_train_epochs * n_own / n_new)
+    places = adapter_places(model, config) if config.lora_rank else []
     run = begin_run(config, world, resume, args, model, examples)
 
     if config.lora_rank:
-        add_adapters(model, examples[:n_own], n_new, config, world)
+        add_adapters(model, places, examples[:n_own], n_new, config, world)
     decoder = make_decoder(model, config, world)
     policy = distribute(Policy(model), config, world)
     if config.loss_type == "stablemax":

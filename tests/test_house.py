@@ -114,11 +114,28 @@ def test_commands_in_the_readme_parse(monkeypatch):
         arguments = shlex.split(arguments.replace("...", ""))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         if name == "eval":
-            ground.parse_flags(ground.Config, "", ground.__doc__, arguments)
+            config, _ = ground.parse_flags(ground.Config, "", ground.__doc__, arguments)
+            dataset, split = config.dataset_name, config.split
         else:
-            MODULES[name].check_frame(MODULES[name].read_config(MODULES[name].Config))
+            config = MODULES[name].read_config(MODULES[name].Config)
+            MODULES[name].check_frame(config)
+            MODULES[name].check_config(config)
+            dataset, split = getattr(config, "dataset_name", ""), getattr(config, "dataset_test_split", "")
+        for short, (hub_name, _, splits) in ground.BENCHMARKS.items():  # some have no validation split
+            assert dataset not in (short, hub_name) or split in splits, arguments
         seen += 1
     assert seen >= 8
+
+
+def test_flags_in_the_tables_of_the_readme_are_flags_and_hang_together():
+    known = {field.name for module in MODULES.values() if hasattr(module, "Config") for field in fields(module.Config)}
+    text = (ROOT / "README.md").read_text()
+    stages = re.search(r"`--stages ([\dx ]+)`", text)[1]
+    grpo.check_config(grpo.Config(stages=stages.split()))
+    not_ours = {"shutdown-timeout", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "model", "model_args",
+                "tasks", "apply_chat_template", "table"}
+    for word in re.findall(r"(?<![\w-])--([a-z]\w[\w-]*)", text):
+        assert word.removeprefix("no_") in known or word in not_ours, f"--{word}"
 
 
 def test_a_flag_that_is_none_is_refused(monkeypatch, capsys):

@@ -240,7 +240,7 @@ def adapted(init, rank=3, examples=None, **flags):
         rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)]
         examples = [row_examples(tokenizer, row, "row")[0] for row in rows]
     before = copy.deepcopy(model)
-    sft.add_adapters(model, examples, 8, config, ALONE)
+    sft.add_adapters(model, sft.adapter_places(model, config), examples, 8, config, ALONE)
     return model, before, config, examples
 
 
@@ -526,7 +526,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, flags, named):
     with pytest.raises(InputError) as caught:
         sft.main(Config(**{"output_dir": str(tmp_path / "run"), "eval_steps": 0, "n_train": 30, **flags}))
     assert named in str(caught.value) and "\n" not in str(caught.value)
-    assert not list((tmp_path / "run").glob("metrics.jsonl"))
+    assert not (tmp_path / "run").exists()  # or the right flags would be refused there
 
 
 @pytest.mark.parametrize("flags", [dict(loss_type="dco_a"), dict(select="hard"), dict(thought_budgets=[0.5])])
