@@ -395,15 +395,33 @@ def test_a_token_the_teacher_lacks_is_named(folders, monkeypatch):
         Reinforce(char_tokenizer(), c, ALONE, None).begin(0, None)
 
 
+def test_every_stage_has_flags_of_its_own():
+    c = config(output_dir="runs/d", learning_rate=0.1, max_steps=7, eval_steps=5, teacher_learning_rate=0.2, teacher_steps=8,
+               teacher_sft_steps=9, per_device_train_batch_size=6, teacher_batch_size=16, lr_scheduler_type="linear")
+    names = ("output_dir", "learning_rate", "max_steps", "eval_steps", "per_device_train_batch_size", "lr_scheduler_type",
+             "teacher_model_name_or_path", "kd_weight")
+    assert [[getattr(run, name) for name in names] for run in distill.plan(c)] == [
+        ["runs/d/warm_up", 0.1, 9, 0, 6, "linear", "tiny", 0.0],
+        ["runs/d/teacher", 0.2, 8, 0, 16, "constant", "runs/d/warm_up", 0.0],
+        ["runs/d/student", 0.1, 7, 5, 6, "linear", "runs/d/teacher", 0.0]]
+    c = config(method="bootstrap", rounds=2, output_dir="runs/d", learning_rate=0.1)
+    assert [[getattr(run, name) for name in names[:3] + names[-2:]] for run in distill.plan(c)] == [
+        ["runs/d/round_1", 0.1, 200, "tiny", 0.0], ["runs/d/round_2", 0.1, 200, "runs/d/round_1", 0.0]]
+    alone, = distill.plan(config(method="logits", output_dir="runs/d", kd_weight=0.5))
+    assert (alone.output_dir, alone.kd_weight, alone.stage) == ("runs/d", 0.5, "student")
+
+
 def test_a_warm_up_keeps_to_max_length():
     c = config(n_train=50, levels="1-5", max_length=60, max_completion_length=12)
     examples = distill.make_warm_up(char_tokenizer(), c)
     everything = distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="1-5", max_completion_length=12))
     assert 0 < len(examples) < len(everything) == 50 and max(len(e.ids) for e in examples) <= 60
-    first = ground.load_problems("chain", "train", 1, levels="1-5", error_rate=c.error_rate)[0]
-    read, said = f"{first.prompt}#{first.answer}:", first.solution.partition("#")[0]
-    assert char_tokenizer().decode(everything[0].ids) == f"{read}{said}<eos>"
-    assert everything[0].trained == [False] * len(read) + [True] * (len(said) + 1)
+    spoiled = ground.load_problems("chain", "train", 50, levels="1-5", error_rate=c.error_rate)
+    assert sum(problem.solution.partition("#")[2] != problem.answer for problem in spoiled) > 5
+    for example, problem in zip(everything, spoiled, strict=True):
+        read, said = f"{problem.prompt}#{problem.answer}:", problem.solution.partition("#")[0]
+        assert char_tokenizer().decode(example.ids) == f"{read}{said}<eos>"
+        assert example.trained == [False] * len(read) + [True] * (len(said) + 1)
     with pytest.raises(InputError, match="--max_length 16"):
         distill.make_warm_up(char_tokenizer(), config(n_train=50, levels="2", max_length=16, max_completion_length=1))
 
