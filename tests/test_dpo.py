@@ -143,6 +143,14 @@ def test_limits():
     assert losses_at("dpop", (-5.0, -9.0), (-6.0, -7.0))[0] == losses_at("sigmoid", (-5.0, -9.0), (-6.0, -7.0))[0]
 
 
+def test_rewards_are_in_the_units_of_the_loss():
+    for loss_type in ("sigmoid", "ipo", "rpo", "dpop", "step_apo"):
+        rewards = losses_at(loss_type, (-8.0, -9.0), (-7.0, -12.0), (4, 3), beta=0.5)[1]
+        assert rewards == pytest.approx([-0.5, 1.5])
+    for loss_type in dpo.REFERENCE_FREE:
+        assert losses_at(loss_type, (-8.0, -9.0), (0.0, 0.0), (4, 3), beta=0.5)[1] == pytest.approx([-1.0, -1.5])
+
+
 def test_step_apo_pushes_a_step_the_harder_the_more_it_matters():
     logps_PC = torch.tensor([[-5.0, -5.0]] * 3, requires_grad=True)
     values_PC = torch.tensor([[0.1, 0.0], [0.5, 0.0], [1.0, 0.0]])
@@ -413,6 +421,27 @@ def test_no_pair_where_all_are_right_or_none_is_and_no_step_against_itself():
     assert dpo.step_pairs(unlucky([0], [[]]), [[5]], tokenizer, unlucky, config) == []  # "a;" is not wrong
 
 
+def test_so_many_wrong_completions_of_a_prompt_are_searched():
+    tokenizer, config = char_tokenizer(), config_for("sigmoid", pairs_per_prompt=2)
+    judge = Judge(tokenizer, {"": [("1#1", True)] + [(f"{n}#{n}", False) for n in (2, 3, 3, 4)]})
+    searches = dpo.find_first_wrong_steps(judge([0], [[]]), tokenizer, judge, config)
+    assert [tokenizer.decode(search.ids[:-1]) for search in searches] == ["2#2", "3#3"]
+
+
+def test_what_is_logged_about_pairs(monkeypatch):
+    groups = [[dpo.Attempt([n, 1], n < right) for n in range(4)] for right in (0, 2, 4, 1)]
+    monkeypatch.setattr(dpo, "sample_attempts", lambda *args: groups)
+    config = Config(num_generations=4, pairs_per_prompt=2)
+    pairs, about = dpo.sample_pairs(None, None, [None] * 4, [[5]] * 4, 1, config, ALONE)
+    assert about == {"reward": 7 / 16, "frac_mixed": 0.5, "num_pairs": 4, "rollouts": 16} and len(pairs) == 4
+    judge, asked = Judge(char_tokenizer(), {"": [("a;b#2", True), ("a;b#3", False)], "a;": [("b#2", True)] * 2}), []
+    monkeypatch.setattr(dpo, "sample_attempts", lambda decoder, tokenizer, problems, prompts, starts, *rest: (
+        asked.append(len(starts)) or judge(range(len(starts)), starts)))
+    config = Config(pairs="steps", num_generations=2)
+    pairs, about = dpo.sample_pairs(None, judge.tokenizer, [None], [[5]], 1, config, ALONE)
+    assert asked == [1, 1] and about["rollouts"] == 4 and about["num_pairs"] == 1  # the search counts, too
+
+
 def test_answer_pairs_are_right_against_wrong_and_distinct():
     group = [dpo.Attempt([n, 1], n < 3) for n in (0, 1, 2, 2, 3, 4, 4, 5)]
     config = config_for("sigmoid", pairs_per_prompt=7)
@@ -440,10 +469,10 @@ def test_sampled_ids_are_trained_as_they_are_and_judged_with_their_start(tiny_mo
     problems = load_problems("chain", "train", 6, levels="1-2")
     prompts = [encode_prompt(tokenizer, p.prompt) for p in problems]
     starts = [[], *[tokenizer("1+1=2;").input_ids] * 5]
-    config, judged = Config(num_generations=3, max_completion_length=20), []
+    config, judged = Config(num_generations=3, max_completion_length=20, temperature=0.7), []
     monkeypatch.setattr(dpo, "verify", lambda text, answer: judged.append(text) or len(judged) % 2 == 0)
     groups = dpo.sample_attempts(model, tokenizer, problems, prompts, starts, 5, config, ALONE)
-    rollouts = generate(model, tokenizer, [p + s for p, s in zip(prompts, starts)], 3, 20, seed=[0, 5])
+    rollouts = generate(model, tokenizer, [p + s for p, s in zip(prompts, starts)], 3, 20, 0.7, seed=[0, 5])
     assert [a.ids for group in groups for a in group] == [rollouts.ids(row) for row in range(18)]
     ended = [(i, a) for i, group in enumerate(groups) for a in group if a.ids[-1] == 1]  # only these can be right
     assert judged == [tokenizer.decode(starts[i] + a.ids[:-1]) for i, a in ended] and any(i for i, _ in ended)
@@ -474,6 +503,18 @@ def test_the_reference_is_the_policy_as_it_stands_and_is_found_again_by_content(
     assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def test_the_reference_has_no_dropout(tiny):
+    model, pairs = copy.deepcopy(tiny[0]), uneven_pairs()
+    wanted = sums_by_loop(model.eval(), pairs).detach()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    policy, config = dpo.PairPolicy(model).train(), config_for("sigmoid", share_prefix=False)
+    for _ in range(2):  # the first has left the policy in training, where dropout acts
+        assert torch.allclose(dpo.reference_logps(policy, pairs, config, ALONE), wanted, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(policy(collate_pairs(pairs, range(7), False, ALONE.device)), wanted, atol=1e-2)
+
+
 def test_phases_and_rounds():
     config = config_for("sigmoid", max_steps=10, sft_fraction=0.3)
     config.pairs, config.resample_steps, config.sft_learning_rate = "on_policy", 3, 7.0
@@ -482,7 +523,8 @@ def test_phases_and_rounds():
     flags = [dpo.phase_of(step, config) for step in range(10)]
     assert [since for _, since in flags] == [0, 1, 2, *range(7)]
     assert [f.loss_type for f, _ in flags] == ["sft"] * 3 + ["sigmoid"] * 7
-    assert {f.learning_rate for f, _ in flags[:3]} == {7.0} and flags[3][0].max_steps == 7
+    assert {f.learning_rate for f, _ in flags[:3]} == {7.0}
+    assert [f.max_steps for f, _ in flags] == [3] * 3 + [7] * 7  # each has a schedule of its own
     config.resample_steps = 0
     assert [dpo.round_of(step, config) for step in (2, 3, 9)] == [(0, 0), (1, 3), (1, 3)]
 
@@ -495,6 +537,28 @@ def test_data_opens_from_easy_to_hard():
     levels = [pair.level for pair in data.pairs]
     assert levels == sorted(levels) and len(set(levels)) > 1
     assert dpo.n_open(7, 0, config_for("sigmoid")) == 7
+
+
+def test_rounds_sample_other_prompts_and_at_first_the_easiest_alone(monkeypatch):
+    config, asked = Config(loss_type="simpo", round_prompts=20, resample_steps=10, max_steps=40), []
+    dpo.check_config(config)
+    monkeypatch.setattr(dpo, "refresh", lambda decoder, policy: None)
+    monkeypatch.setattr(dpo, "write_pairs", lambda *args: None)
+    monkeypatch.setattr(dpo, "sample_pairs", lambda decoder, tokenizer, problems, prompts, *rest: (
+        asked.append((problems, prompts)) or [Pair([5], [6], [7])], {}))
+    data = dpo.Data([], [], list(range(100)), [[i] for i in range(100)])
+
+    def problems_of(step):
+        dpo.begin_round(data, None, step, None, None, None, config, ALONE)
+        problems, prompts = asked[-1]
+        assert prompts == [[i] for i in problems] and len(problems) == 20
+        return problems
+
+    first, second = problems_of(0), problems_of(10)
+    assert set(first) != set(second) and max(first) >= 80
+    config.easy_to_hard = 0.75
+    found = [max(problems_of(step)) for step in (0, 10, 20, 30)]
+    assert found[0] < 20 <= found[1] < 47 <= found[2] < 73 <= found[3]
 
 
 @pytest.mark.parametrize("pairs", ["offline", "on_policy"])
@@ -621,6 +685,23 @@ def test_pairs_that_were_sampled_are_written_down_and_train_again(tiny_model, tm
                                                                                                levels="1-2")}
 
 
+def test_a_run_on_offline_pairs_begins_with_the_easiest(tiny_model, tmp_path, monkeypatch):
+    levels = []
+    monkeypatch.setattr(dpo, "collate_pairs", lambda pairs, rows, *rest: (
+        levels.append({pairs[i].level for i in rows}) or collate_pairs(pairs, rows, *rest)))
+    dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
+                                 loss_type="simpo", error_rate=0.5, n_train=60, levels="1-3", easy_to_hard=0.75,
+                                 micro_batch_tokens=0)))
+    assert levels[0] == {1} and levels[1] <= {1, 2} and 3 in levels[3]
+
+
+def test_the_optimizer_begins_anew_after_the_cold_start(tiny_model, tmp_path):
+    dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
+                                 error_rate=0.5, sft_fraction=0.25)))
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step_4" / "optimizer.safetensors")
+    assert {float(count) for name, count in kept.items() if name.endswith(".step")} == {3.0}
+
+
 def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "verify", lambda text, answer: False)
     with pytest.raises(dpo.RunError, match="^step 1: of 6 prompts none gave a pair: no right one and a wrong one"):
@@ -629,7 +710,9 @@ def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatc
 
 
 def test_where_later_rounds_give_no_pair_the_last_ones_go_on(tiny_model, tmp_path, monkeypatch, capsys):
-    begin, seen = dpo.sample_pairs, []
+    begin, seen, rows = dpo.sample_pairs, [], []
+    monkeypatch.setattr(dpo, "note_step", lambda run, state, taken, indices, *rest, note=dpo.note_step: (
+        rows.append(indices) or note(run, state, taken, indices, *rest)))
 
     def sample_once(*args):
         seen.append(1)
@@ -641,7 +724,7 @@ def test_where_later_rounds_give_no_pair_the_last_ones_go_on(tiny_model, tmp_pat
     dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), round_prompts=10,
                                  resample_steps=2, max_completion_length=20)))
     assert len(seen) == 2 and "warning, step 3" in capsys.readouterr().err
-    assert len(metrics(tmp_path / "run")) == 4
+    assert len(metrics(tmp_path / "run")) == 4 and rows[:2] != rows[2:]  # in another order
 
 
 def test_a_round_without_pairs_is_told_by_one_process_only(monkeypatch, capsys):

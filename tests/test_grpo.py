@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from statistics import stdev
 
 import pytest
 import torch
@@ -116,6 +117,10 @@ def test_dead_zones_of_the_clip():
     assert slope("dapo", 1.0, 0.5) == pytest.approx(0.5) and slope("dapo", -1.0, 1.5) == pytest.approx(-1.5)
     assert slope("cispo", 1.0, 1.5) == pytest.approx(1.5) and slope("cispo", -1.0, 0.5) == pytest.approx(-0.5)
     assert slope("cispo", 1.0, 100.0) == pytest.approx(5.0)
+    ratios, mask = torch.tensor([[0.5, 1.5]]).log(), torch.ones(1, 2, dtype=torch.bool)
+    for advantage, cut in ((1.0, [False, True]), (-1.0, [True, False]), (0.0, [False, False])):
+        found = grpo.policy_gain(ratios, torch.zeros(1, 2), torch.tensor([advantage]), mask, config())[1]
+        assert found[0].tolist() == cut  # where there is no advantage there is no gradient to take
 
 
 def test_gspo_token_form_has_the_gradient_of_the_sequence_form():
@@ -233,6 +238,91 @@ def test_first_step_is_reinforce_with_a_baseline_and_silent_rows_stay_in_the_den
         assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
+TEACHER = {"kd_coef": 0.3, "teacher_model_name_or_path": "tiny"}
+
+
+@pytest.mark.parametrize("extra", [{}, {"beta": 0.3}, {"beta": 0.3, "kl_in_reward": True}, TEACHER,
+                                   {**TEACHER, "kd_rows": "wrong"}, {**TEACHER, "kd_rows": "stuck"},
+                                   {**TEACHER, "kd_direction": "forward", "beta": 0.3}])
+def test_every_term_of_the_loss_against_a_loop(tiny, extra):
+    """From transformers' own logits, at a temperature that is that of sampling and not 1."""
+    model, tokenizer = tiny
+    c = config(loss_type="dr_grpo", temperature=0.6, **extra)
+    groups, other = groups_of(model, tokenizer, c, REWARDS), load_model("tiny", seed=1)[0]
+    grpo.consult(groups, grpo.Policy(model), grpo.Policy(other) if c.beta else None, grpo.Policy(other) if c.kd_coef
+                 else None, grpo.pace_of(0, c), c, ALONE)
+    found, numbers, _ = step_gradient(model, copy.deepcopy(rows_in(groups)), c)
+    assert numbers["sampling/logp_difference"] < 1e-4
+    model.zero_grad()
+    distances = []
+    for i, row in enumerate(rows_in(groups)):
+        ids, start = torch.tensor([row.prompt + row.tokens_T.tolist()]), len(row.prompt)
+        logps, theirs = ((each(ids).logits[0, start - 1 : -1] / 0.6).log_softmax(-1).gather(1, ids[0, start:, None])
+                         for each in (model, other))
+        gain = row.advantage * logps  # this has the gradient of A times a ratio that is 1
+        k3 = (theirs - logps).exp() - (theirs - logps) - 1
+        if c.beta and not c.kl_in_reward:
+            gain = gain - c.beta * k3
+        if {"all": True, "wrong": REWARDS[i] == 0, "stuck": 4 <= i < 8}[c.kd_rows]:
+            gain = gain - c.kd_coef * ((logps - theirs) ** 2 / 2 if c.kd_direction == "reverse" else k3)
+        (-gain.sum() / (12 * c.max_completion_length)).backward()
+        distances.append(k3.detach())
+    for name, parameter in model.named_parameters():
+        size = float(parameter.grad.abs().max())
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-4 * size), name
+    if c.beta and not c.kl_in_reward:
+        assert numbers["kl"] == pytest.approx(float(torch.cat(distances).mean()), rel=1e-3)
+
+
+def test_the_anchor_goes_a_share_of_the_way_every_so_many_steps(tiny):
+    c = config(beta=0.1, ref_model_mixup_alpha=0.25, ref_model_sync_steps=3)
+    anchor, policy = grpo.Policy(load_model("tiny", seed=1)[0]), grpo.Policy(tiny[0])
+    before = copy.deepcopy(list(anchor.parameters()))
+    for step in range(3):
+        assert all(map(torch.equal, anchor.parameters(), before))
+        grpo.move_anchor(anchor, policy, step, c)
+    for moved, old, weight in zip(anchor.parameters(), before, policy.parameters()):
+        assert torch.allclose(moved, 0.75 * old + 0.25 * weight)
+
+
+def test_every_call_of_the_sampler_draws_numbers_of_its_own(tiny):
+    actor, pace = grpo.Actor(*tiny, config(), ALONE), grpo.pace_of(0, config())
+
+    def texts():
+        return [row.text for rows in actor.sample(PROBLEMS, [4] * 3, pace) for row in rows]
+
+    found = []
+    for number in (0, 1, 0):
+        actor.begin(number)
+        found.append([texts(), texts()])
+    assert found[0] == found[2] and found[0][0] != found[0][1] != found[1][1] != found[1][0] != found[0][0]
+
+
+def test_a_stage_s_limit_cuts_scores_and_weighs_what_it_samples(tiny):
+    c = config(stages=["5x4", "12x4"], max_steps=2, loss_type="dr_grpo", reward_funcs=["accuracy", "length"],
+               soft_overlong_tokens=2)
+    actor, pace = grpo.Actor(*tiny, c, ALONE), grpo.pace_of(0, c)
+    actor.begin(0)
+    groups = [grpo.Group(i, rows) for i, rows in enumerate(actor.sample(PROBLEMS, [4] * 3, pace))]
+    rows = rows_in(groups)
+    assert max(len(row.tokens_T) for row in rows) == 5
+    for row in rows:
+        n = len(row.tokens_T)
+        assert row.scores == (row.right, 1 - n / 5) and row.reward == pytest.approx(sum(row.scores) - max(0, n - 3) / 2)
+    grpo.credit(groups, pace, 12, c)
+    assert [row.weight for row in rows] == pytest.approx([1 / (12 * 5)] * 12)
+
+
+def test_what_0_and_auto_stand_for():
+    wanted = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+    for loss_type, clips in wanted.items():
+        assert (config(loss_type=loss_type).epsilon, config(loss_type=loss_type).epsilon_high) == clips
+    assert config(epsilon=0.1, epsilon_high=0.3).epsilon_high == 0.3
+    assert [config(loss_type=name).scale_rewards for name in ("dapo", "dr_grpo")] == ["group", "none"]
+    for sampler, temperature in (("sec", 0.4), ("dump", 0.1), ("domain_aware", 0.3)):
+        assert config(sampler=sampler).sampler_temperature == temperature
+
+
 def test_later_iterations_use_the_log_probs_of_the_first(tiny):
     model, tokenizer = copy.deepcopy(tiny)
     c = config(num_iterations=2, learning_rate=1e-2)
@@ -340,7 +430,8 @@ def test_what_is_logged_about_rollouts():
     wanted = {"reward": (5 + 6) / 8, "frac_reward_zero_std": 0.5, "frac_all_right": 0.5, "frac_all_wrong": 0.0,
               "completions/mean_length": 6, "completions/min_length": 2, "completions/max_length": 12,
               "completions/clipped_ratio": 0.25, "completions/parse_fail": 0.25, "rewards/accuracy/mean": 5 / 8,
-              "rewards/format/mean": 6 / 8, "sampled_accuracy": 5 / 8}
+              "rewards/format/mean": 6 / 8, "sampled_accuracy": 5 / 8,
+              "reward_std": (0 + stdev([2, 1, 0, 0])) / 2, "rewards/accuracy/std": stdev([1] * 5 + [0] * 3)}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
     numbers = grpo.describe([grpo.Group(0, rows[:1]), grpo.Group(1, rows[5:6])], c)  # as adcl measures with one sample
     assert numbers["reward_std"] == 0 and all(math.isfinite(value) for value in numbers.values())
@@ -400,6 +491,14 @@ def test_the_shuffled_reward_does_not_teach_and_the_true_one_does(tmp_path, cold
     monkeypatch.setitem(grpo.REWARDS, "accuracy", lambda *given: float(torch.rand((), generator=coin) < 0.3))
     before, after = final_accuracy("shuffled")
     assert after < before + 0.05
+
+
+def test_stages_are_parts_of_the_optimizer_steps(tmp_path, cold_start):
+    """Of which there are two on each step's rollouts."""
+    grpo.main(quick(tmp_path, cold_start, max_steps=4, num_iterations=2, stages=["3x4", "24x4"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    longest = [line["completions/max_length"] for line in lines]
+    assert longest[:2] == [3, 3] and min(longest[2:]) > 3
 
 
 def test_silence_is_said(tmp_path, cold_start, capsys):

@@ -67,6 +67,17 @@ def test_sec_is_uniform_without_signal_and_moves_only_the_arms_it_has_seen():
     assert sampler.shares() == pytest.approx([weight / sum(weights) for weight in weights])
 
 
+def test_each_step_draws_its_arms_anew():
+    sampler, pace = sampler_of("sec", [str(i % 4) for i in range(40)])
+    drawn = [tuple(sampler.arm_of[i] for i, _ in sampler.pick(pace, 64)) for _ in range(8)]
+    assert len(set(drawn)) == 8 and {arm for arms in drawn for arm in arms} == set(range(4))
+
+
+def test_what_a_group_can_teach_is_in_the_units_of_the_advantages():
+    assert group_of(0, 1).mean_gain(config(scale_rewards="none")) == pytest.approx((0.75 + 3 * 0.25) / 4)
+    assert group_of(0, 1).mean_gain(config()) == pytest.approx((1.5 + 3 * 0.5) / 4, rel=1e-3)
+
+
 def test_the_curricula_are_fed_verdicts_not_rewards():
     sampler, _ = sampler_of("sec", ["a", "b"])
     shaped = group_of(0, 0)
@@ -90,6 +101,13 @@ def test_dump_looks_at_a_window_of_completions():
         sampler.update([group_of(0, right)])
     assert len(sampler.state["gains"][0]) == 2 and sampler.state["counts"] == [12, 0]
     assert all(gain == 0 for gain, _ in sampler.state["gains"][0])  # the informative one is out of the window
+
+
+def test_dump_counts_a_large_group_for_more_than_a_small_one():
+    sampler, _ = sampler_of("dump", ["a", "b"], scale_rewards="none")
+    sampler.update([group_of(0, 1, n=2), group_of(0, 0, n=6), group_of(1, 0, n=8)])  # gains 1/2, 0, 0; equal counts
+    ratio = sampler.shares()[0] / sampler.shares()[1]
+    assert math.log(ratio) * sampler.config.sampler_temperature == pytest.approx(0.5 * 2 / 8)
 
 
 def test_domain_aware_weights():
@@ -518,11 +536,12 @@ def test_the_entropy_bonus_against_a_loop(tiny, weighting):
 def test_a_solution_is_imitated_and_nothing_else(tiny):
     model, tokenizer = tiny
     found, problem = [], Problem("1+1=", "2", "1+1=2#2")
-    for extra in ({}, {"beta": 0.5, "entropy_coef": 0.5}):
+    other = grpo.Policy(load_model("tiny", seed=1)[0])
+    for extra in ({}, {"beta": 0.5, "entropy_coef": 0.5, "kd_coef": 0.5, "teacher_model_name_or_path": "tiny"}):
         c, group = config(hpt_gate=0.0, **extra), group_of(0, 0)
         group.rows[0].prompt = encode_prompt(tokenizer, problem.prompt)
         grpo.demonstrate([group], [problem], tokenizer, c)
-        grpo.consult([group], grpo.Policy(model), grpo.Policy(load_model("tiny", seed=1)[0]), None, grpo.pace_of(0, c), c, ALONE)
+        grpo.consult([group], grpo.Policy(model), other, other, grpo.pace_of(0, c), c, ALONE)
         found.append(gradient(model, group.rows, c))
     assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-6) for name in found[0])
 
@@ -609,6 +628,21 @@ def test_the_least_help_that_works_takes_one_row():
     assert groups[0].rows[3].prompt == [ord(c) for c in "q|a b"]  # it is trained in the context it was sampled in
     assert sum(row.reward for row in groups[0].rows) == 1 and all(row.weight for row in groups[0].rows)
     assert all(row.prompt == [5] for row in groups[1].rows)  # the group that has a right one is left alone
+
+
+def test_what_is_said_and_learned_of_a_step_is_what_was_sampled_without_help():
+    problems = [Problem("q", "9", hints=("a", "b")), Problem("r", "9", hints=("a", "b"))]
+    c, seen = config(scaffold="hints", scaffold_exempt=0.0, hint_template="{prompt}|{hint}"), []
+    sampler = grpo.make_sampler(problems, c)
+    sampler.update = lambda groups: seen.extend(group.success() for group in groups)
+    player = Player(lambda problem: problem.prompt == "q|b")
+    kept, sampled, numbers = grpo.collect(sampler, player, problems, grpo.pace_of(0, c), 8, c)
+    assert sorted(group.success() for group in kept) == [0, 0.25]
+    assert seen == [group.success() for group in sampled] == [0, 0]
+    assert (numbers["scaffold/asked"], numbers["scaffold/solved"], numbers["scaffold/level"]) == (2, 1, 2)
+    c.scaffold_exempt = 0.5
+    kept, _, numbers = grpo.collect(sampler, player, problems, grpo.pace_of(0, c), 8, c)
+    assert not any(group.success() for group in kept) and "scaffold/asked" not in numbers  # not yet
 
 
 def test_help_that_makes_a_prompt_too_long_is_left_out_and_counted(tiny):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import sft
-from eval import InputError, char_tokenizer, encode_prompt, end_of_turn, load_model
+from eval import InputError, char_tokenizer, encode_prompt, end_of_turn, load_model, load_problems, verify
 from sft import Config, Example, World, collate, make_examples, micro_batches, nll_loss, row_examples, rows_of_step
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -251,6 +251,7 @@ def test_every_epoch_is_a_permutation_and_steps_need_no_memory():
     assert seen[:10] != seen[10:20]
     crossing = [row for step in range(5) for row in rows_of_step(10, 4, step, seed=3)]
     assert crossing == seen[:20]  # the same order whatever the size of a step
+    assert rows_of_step(10, 10, 1, seed=3) != rows_of_step(10, 10, 0, seed=4)  # no pass of one seed is another's
     assert rows_of_step(10, 5, 2, seed=3) == seen[10:15] and rows_of_step(10, 5, 2, seed=4) != seen[10:15]
     assert sorted(rows_of_step(3, 7, 0, seed=0)) == [0, 0, 1, 1, 2, 2, 2] or len(rows_of_step(3, 7, 0, seed=0)) == 7
 
@@ -278,6 +279,65 @@ def test_decay_touches_matrices_alone(tiny):
     for name, parameter in model.named_parameters():
         factor = 0.95 if parameter.ndim > 1 else 1.0
         assert torch.allclose(parameter, before[name] * factor)
+
+
+@pytest.mark.parametrize("max_grad_norm, length", [(0.0, 5.0), (2.0, 2.0), (10.0, 5.0)])
+def test_a_long_gradient_is_cut_to_its_greatest_length_and_logged_whole(max_grad_norm, length):
+    policy = torch.nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(policy.parameters()), policy.weight.detach().clone()
+    config = Config(max_grad_norm=max_grad_norm, learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0, bf16=False)
+    slope = torch.tensor([[3.0, -4.0]])
+    numbers, taken = sft.train_step(policy, optimizer, [1, 2], lambda policy, batch: ((policy.weight * slope).sum() / 2, {}),
+                                    0, config, ALONE)
+    assert taken and numbers["grad_norm"] == pytest.approx(5.0)
+    assert torch.allclose(before - policy.weight, 0.5 * slope * length / 5, atol=1e-5)
+
+
+def test_a_step_after_a_bad_one_is_as_if_there_had_been_none():
+    """Nothing is left of a gradient that was not finite."""
+    policy = torch.nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(policy.parameters()), policy.weight.detach().clone()
+    config = Config(max_grad_norm=0.0, learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0, bf16=False)
+    for factor, moved in ((math.nan, 0), (1, 1), (math.inf, 1), (1, 2)):
+        numbers, taken = sft.train_step(policy, optimizer, [1], lambda policy, batch: (policy.weight.sum() * factor, {}),
+                                        0, config, ALONE)
+        assert taken == math.isfinite(factor) and (not taken or numbers["grad_norm"] == pytest.approx(2**0.5))
+        assert torch.allclose(policy.weight, before - 0.5 * moved)
+
+
+def test_only_bad_steps_in_a_row_end_a_run(tmp_path):
+    state, config = {"step": 0, "bad_steps": 0}, Config(max_bad_steps=3)
+    for taken in (False, False, True) * 2 + (False, False):
+        sft.note_step(tmp_path, state, taken, [7], config, ALONE)
+    assert state == {"step": 8, "bad_steps": 2}
+    with pytest.raises(sft.RunError, match="3 steps in a row"):
+        sft.note_step(tmp_path, state, False, [7], config, ALONE)
+    lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "rows": [7]} for step in (1, 2, 4, 5, 7, 8, 9)]
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path):
+    for step in (8, 9, 10, 100):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        sft.write_json(tmp_path / "checkpoints" / f"step_{step}" / "manifest.json", {})
+    assert sft.newest_checkpoint(tmp_path).name == "step_100"
+    (tmp_path / "checkpoints" / "step_100" / "manifest.json").unlink()
+    assert sft.newest_checkpoint(tmp_path).name == "step_10"
+
+
+def test_a_run_is_evaluated_greedily_on_problems_it_does_not_train_on(tmp_path, tiny):
+    config = Config(output_dir=str(tmp_path), n_eval=30, levels="1-2", max_completion_length=8)
+    problems = sft.load_eval_problems(config)
+    assert problems == load_problems("chain", "validation", 30, 0, levels="1-2")
+    assert not {p.prompt for p in problems} & {p.prompt for p in load_problems("chain", "train")}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        sft.evaluate_policy(tmp_path, 0, tiny[0], sft.Policy(tiny[0]), tiny[1], problems, config, ALONE)
+    shown = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for record in shown:
+        ids = torch.tensor([encode_prompt(tiny[1], record["prompt"])])
+        best = tiny[0].generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert record["completion"] == tiny[1].decode(best, skip_special_tokens=True)
 
 
 def test_a_run_learns_and_leaves_what_it_says(tmp_path, capsys):
@@ -351,6 +411,27 @@ def test_training_on_files_in_trl_formats(tmp_path, capsys):
                     num_train_epochs=1.0))
     assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert "no evaluation while training: --eval_dataset_name" in capsys.readouterr().out
+
+
+def test_the_loss_of_texts_is_the_mean_over_the_tokens_that_something_predicts(tmp_path, tiny):
+    """The first token of a text has no context, so it neither is trained nor counts."""
+    texts = ["1+1=2", "7", "12+30=42"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sft.main(Config(dataset_name=str(tmp_path / "data.jsonl"), output_dir=str(tmp_path / "run"), max_steps=1,
+                    per_device_train_batch_size=3))
+    [line] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    nll = []
+    for text in texts:
+        ids = torch.tensor([tiny[1](text).input_ids + [tiny[1].eos_token_id]])
+        nll += F.cross_entropy(tiny[0](ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
+    assert line["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5) and line["num_tokens"] == len(nll)
+
+
+def test_solutions_are_spoiled_at_the_rate_asked_for():
+    for rate in (0.0, 0.15, 0.5):
+        rows = sft.load_rows(Config(n_train=500, levels="1", error_rate=rate))  # of one step each
+        wrong = sum(not verify(row["completion"], row["answer"]) for row in rows) / 500
+        assert wrong == pytest.approx(rate, abs=0.05) and (wrong > 0) == (rate > 0)
 
 
 def test_an_evaluation_between_the_printed_steps_is_printed(tmp_path, capsys):

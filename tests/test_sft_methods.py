@@ -158,6 +158,19 @@ def test_pass_rates_are_those_of_the_samples(tmp_path):
     assert [a + b for a, b in zip(*shares)] == rates
 
 
+def test_each_step_measures_pass_rates_with_samples_of_its_own():
+    model, tokenizer = load_model("tiny")
+    rows = [{"prompt": f"{i}=", "completion": str(i), "answer": str(i)} for i in range(5)]
+    config = Config(loss_type="dco_a", num_generations=40, max_completion_length=3)
+    examples = sft.make_examples(rows, tokenizer, config)
+    rates = sft.annotator(rows, examples, tokenizer, config, ALONE)
+    first, second, again = (rates(examples, model, sft.Policy(model), step) for step in (0, 1, 0))
+    assert first == again != second
+    moved = copy.deepcopy(model)  # a decoder that is a copy takes the policy's weights first
+    moved.lm_head.weight.data *= 50
+    assert rates(examples, model, sft.Policy(moved), 0) == rates(examples, moved, sft.Policy(moved), 0) != first
+
+
 def test_a_factor_of_one_is_warned_of_once(capsys):
     state, config = {"step": 9}, Config(loss_type="dco", max_steps=500)
     for factor in [1.0] * 99 + [0.5] + [0.999] * 300:
@@ -171,19 +184,20 @@ def test_a_factor_of_one_is_warned_of_once(capsys):
 
 @pytest.mark.parametrize("share, discount", [(0.8, 0.8), (0.3, 1.0), (0.01, 0.0), (1.0, 0.8)])
 def test_entropy_keeps_the_most_surprising_tokens_of_each_row(trained, examples, share, discount):
-    total, n_tokens = 0.0, 0
+    total, n_tokens, entropy = 0.0, 0, 0.0
     for example in examples:
         logps, logps_TV, _ = token_logps(trained[0], example)
         scores = [(-logp + discount * (row.exp() * row).sum()).item() for logp, row in zip(logps, logps_TV)]
         n = max(1, math.floor(share * len(scores) + 1e-9))
         kept = sorted(range(len(scores)), key=lambda t: -scores[t])[:n]
         total, n_tokens = total - logps[kept].sum(), n_tokens + n
+        entropy -= (logps_TV.exp() * logps_TV).sum(1)[kept].sum().detach()
     wanted = gradients(trained[0], total / n_tokens)
     config = Config(loss_type="entropy", entropy_keep=share, entropy_discount=discount)
     for max_rows, max_tokens in ((12, 0), (1, 0), (5, 64)):
         loss, numbers, found = step_gradients(trained[0], examples, config, None, max_rows, max_tokens)
         assert loss == pytest.approx(float(total / n_tokens), rel=1e-4) and close(found, wanted)
-        assert 0 < numbers["entropy"] < math.log(99)
+        assert numbers["entropy"] == pytest.approx(float(entropy / n_tokens), rel=1e-4)  # of the kept tokens
 
 
 def test_stablemax_against_a_loop(trained, examples):
@@ -249,6 +263,12 @@ def test_adapters_begin_as_the_model_itself(init):
     model, before, _, _ = adapted(init)
     ids = torch.arange(40).view(2, 20)
     assert torch.equal(model(ids).logits, before(ids).logits)
+    if init == "gaussian":  # as PEFT's: the standard deviation of A is 1 / rank
+        down = torch.cat([layer.down.flatten() for layer in model.modules() if isinstance(layer, LowRank)])
+        assert down.std().item() == pytest.approx(1 / 3, rel=0.05)
+        again, other = (adapted(init, seed=seed)[0].model.layers[0].mlp.up_proj.down for seed in (0, 1))
+        first = model.model.layers[0].mlp.up_proj.down
+        assert torch.equal(again, first) and not torch.equal(other, first)  # --seed decides, the same on all processes
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "lora_sb"])
@@ -379,6 +399,9 @@ def test_budgets_are_drawn_for_each_row_whatever_its_level():
     for row in rows:
         assert row["completion"].count(";") == 0 or row["prompt"].startswith("[100%]")
         assert verify(row["completion"], row["answer"])
+    other = sft.load_training_rows(Config(n_train=400, levels="1-4", thought_budgets=[1.0, 0.25], error_rate=0, seed=1))
+    tags, others = ([row["prompt"].split("]")[0] for row in found] for found in (rows, other))
+    assert tags != others
 
 
 # --- schedule and replay ---
@@ -410,6 +433,16 @@ def test_a_run_goes_by_the_rewarmed_rate_and_replays_its_share(tmp_path, monkeyp
     assert moved == [line["learning_rate"] for line in lines] == [sft.rewarmed_rate(step, new) for step in range(4)]
     assert len(texts) == 32 and sum("*" in text for text in texts) == 8  # 2 of each step's 8 rows
     assert all(sum("*" in text for text in texts[i : i + 8]) == 2 for i in range(0, 32, 8))
+
+
+def test_a_replayed_data_set_is_whole_and_passes_are_counted_in_new_rows(tmp_path):
+    mine = dict(levels="2", domains="mul", n_train=16, replay_from="chain", replay_share=0.25)
+    replayed = sft.load_replay(Config(**mine, error_rate=0.0))
+    assert {"+", "-", "*"} <= {sign for row in replayed for sign in row["prompt"]}
+    assert {row["prompt"].count("=") and len(row["completion"].split(";")) for row in replayed} == {1, 2, 3, 4, 5}
+    sft.main(Config(**mine, output_dir=str(tmp_path / "run"), num_train_epochs=1.5, per_device_train_batch_size=8,
+                    eval_steps=0, save_steps=0))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # 24 rows, 6 a step
 
 
 def test_a_replay_holds_the_rows_that_a_selection_took(tmp_path):
