@@ -525,6 +525,8 @@ def test_evaluate_counts(canned):
     assert [record["correct"] for record in result["records"]] == [
         verify(record["completion"], record["answer"]) for record in result["records"]]
     assert result["records"][11]["problem"] == 2 and result["records"][11]["sample"] == 3
+    canned(["#2/4", "#.5", "#0.50", "#1", "#1", "#1.0", "#3"])  # answers vote by what they are, not as they are written
+    assert evaluate(None, None, [Problem("a", "0.5")], n=7, k=(7,))["maj@7"] == 0.5
 
 
 def test_evaluate_asks_a_repeated_question_once(canned):

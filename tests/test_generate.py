@@ -4,6 +4,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as ground
@@ -168,6 +169,51 @@ def test_every_configured_stop_token_stops(qwen, tokenizer):
     out = generate(model, tokenizer, encoded(tokenizer), n=4, max_new_tokens=200, seed=1)
     assert out.finished_R.all()
     assert all(out.ids(row)[-1] in [*digits, tokenizer.eos_token_id] for row in range(20))
+
+
+def test_the_end_of_a_turn_and_of_the_text_stop_whatever_is_configured(qwen):
+    model, tokenizer = copy.deepcopy(qwen), char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<unk>{% endfor %}"
+    for configured in (None, 7, [7, 9]):
+        model.generation_config.eos_token_id = configured
+        wanted = {tokenizer.eos_token_id, tokenizer.unk_token_id} | set(np.atleast_1d(configured or []).tolist())
+        assert ground.stop_ids(model, tokenizer) == sorted(wanted)
+
+
+def test_one_bos_at_most_stands_before_a_prompt():
+    tokenizer = char_tokenizer()
+    plain = tokenizer("1+1=").input_ids
+    tokenizer.bos_token, bos = "<unk>", tokenizer.unk_token_id
+    assert encode_prompt(tokenizer, "1+1=") == plain  # as Qwen's: it has one and adds none
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", bos)])
+    for text in ("1+1=", "<unk>1+1="):
+        assert encode_prompt(tokenizer, text) == [bos, *plain]
+    for begin in ("", "<unk>"):  # a chat has what its template writes
+        tokenizer.chat_template = begin + "{% for m in messages %}{{ m.content }}{% endfor %}"
+        assert encode_prompt(tokenizer, "1+1=") == [bos] * (begin != "") + plain
+
+
+def test_dropout_is_for_training_alone(tokenizer):
+    model, _ = load_model("tiny")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    prompts, found = encoded(tokenizer), []
+    for mode in (True, False):
+        model.train(mode)
+        found.append(generate(model, tokenizer, prompts, n=2, max_new_tokens=8).logps_RT)
+        assert model.training is mode
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_capped_head_is_known(tmp_path, cap):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "gemma2", **{**SIZES, **FAMILIES["gemma2"], "final_logit_softcapping": cap}))
+    torch.nn.init.normal_(model.model.norm.weight, std=3.0)  # logits so large that a cap shows
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    model.save_pretrained(tmp_path)
+    char_tokenizer().save_pretrained(tmp_path)
+    assert ground.softcap(load_model(str(tmp_path))[0]) == cap
 
 
 def test_nothing_given_is_changed_and_nothing_leaks(tokenizer):

@@ -490,6 +490,8 @@ def test_topk_kl_grows_to_the_full_divergence_and_trains_the_student():
         assert (now >= before - 1e-12).all() and (now <= full + 1e-12).all()
         before = now
     torch.testing.assert_close(now, full)  # 32 of 33 tokens, and the tail is the 33rd
+    logps, ids, tail = linear_topk(*teacher, 33)  # no tail: its mass is 0
+    torch.testing.assert_close(topk_kl(linear_logps(hidden, weight, ids, entropy=False)[0], logps, tail), full)
     logps, ids, tail = linear_topk(*teacher, 4)
     assert check_gradient(lambda h, w: topk_kl(linear_logps(h, w, ids)[0], logps, tail), (hidden, weight))
 
