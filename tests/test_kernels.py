@@ -578,7 +578,7 @@ def test_experts_under_autocast_keep_fp32_masters():
 # --- attention ---
 
 
-@pytest.mark.parametrize("n_heads,n_kv_heads,stride,local_blocks", [(4, 4, 4, 1), (4, 2, 3, 2), (2, 1, 5, 1)])
+@pytest.mark.parametrize("n_heads,n_kv_heads,stride,local_blocks", [(4, 4, 4, 1), (4, 2, 3, 2), (4, 2, 4, 1), (2, 1, 5, 1)])
 def test_sharded_mask_is_exactly_the_pattern(n_heads, n_kv_heads, stride, local_blocks):
     T, block, documents = 40, 4, torch.tensor([[0] * 13 + [1] * 27, [0] * 40])
     mask = sharded_mask(n_heads, n_kv_heads, stride, local_blocks, block, documents)
