@@ -593,7 +593,7 @@ for line in sys.stdin:
         self.process = subprocess.Popen([sys.executable, "-P", "-c", self.PROGRAM], text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.reply(60) != "ready":
-            raise InputError("math-verify does not start: `pip install 'math-verify[antlr4_13_2]'`")
+            raise InputError("math-verify does not start: `pip install 'math-verify>=0.9'`")
         self.owner = os.getpid()
 
     def reply(self, seconds):
