@@ -3,7 +3,7 @@ r"""The ground the training scripts stand on: problems, the answer checker, the 
 What a policy is trained on, rewarded by and judged by is one and the same code. As a script, compares checkpoints:
 
     python eval.py runs/sft runs/grpo                              # built-in arithmetic chains, no network
-    python eval.py Qwen/Qwen2.5-0.5B-Instruct runs/grpo --dataset_name gsm8k --n_problems 0 --max_new_tokens 512 \
+    python eval.py Qwen/Qwen2.5-0.5B-Instruct runs/grpo --dataset_name gsm8k --n_eval 0 --max_completion_length 512 \
         --prompt_template '{prompt} Reason step by step and put the final answer in \boxed{}.'
     python eval.py --plot runs/sft runs/grpo                       # training curves from their metrics.jsonl
 
@@ -14,7 +14,7 @@ n samples each, of which c_q are right:
     avg@n     mean of c_q / n at the given temperature
     pass@k    mean of 1 - C(n - c_q, k) / C(n, k): one of k samples is right, estimated without bias
     maj@k     the most frequent answer among k of the n samples is right; mean over random choices of the k
-    no answer, cut off    shares of samples without a final answer, and ended by --max_new_tokens
+    no answer, cut off    shares of samples without a final answer, and ended by --max_completion_length
 
 The problem is the unit of every interval: samples of one problem are not independent, and an interval over all samples
 would be about half as wide as it should be. Checkpoints are compared on the same problems, difference by difference.
@@ -23,7 +23,6 @@ Dimensions: B rows decoded together · L those still going · R all rows · P pr
 T tokens · V vocabulary · Q problems.
 """
 
-import copy
 import csv
 import difflib
 import hashlib
@@ -35,32 +34,41 @@ import os
 import platform
 import random
 import re
+import resource
 import select
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedTokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 from transformers.cache_utils import DynamicLayer
+from transformers.hf_argparser import string_to_bool
 
 transformers.logging.disable_progress_bar()  # one for every save and load would bury the lines of a run
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process saves its checkpoints alone
 
 # --- problems ---
 
@@ -1207,111 +1215,461 @@ def save_figure(figure, path):
 
 # --- flags ---
 
-def flag(default, help):
-    """One command-line flag: its default and what it means."""
+def flag(default, help, choices=None, low=None, high=None, free=False):
+    """One command-line flag: its default, what it means, and what it may be.
+
+    choices: the allowed values, or a function that returns them, for a dict that stands further down. low and high are
+    allowed themselves; a list's elements are each held to them. free: it may change when a run is continued.
+    """
+    about = {"help": help, "choices": choices, "low": low, "high": high, "free": free}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def check_flags(config):
+    """Raises InputError for a flag that is none of its choices, not finite, or out of its range."""
+    for about in fields(config):
+        value, choices = getattr(config, about.name), about.metadata["choices"]
+        low, high = about.metadata["low"], about.metadata["high"]
+        for item in value if isinstance(value, list) else [value]:
+            named = f"--{about.name} {item}"
+            if choices and item not in (allowed := choices() if callable(choices) else choices):
+                raise InputError(f"{named}: must be one of {', '.join(allowed)}")
+            if isinstance(item, float) and not math.isfinite(item):
+                raise InputError(f"{named}: must be a finite number")
+            if high is not None and not low <= item <= high:
+                raise InputError(f"{named}: must be between {low} and {high}")
+            if low is not None and item < low:
+                raise InputError(f"{named}: must be {low} or more")
+
+
+@dataclass
+class RunFlags:
+    """The flags of every training script; a script's Config redeclares those whose default differs, and adds its own.
+
+    SECTIONS, {the first flag of a section: its title}, is the order in which --help shows the sections.
+    """
+
+    SECTIONS = {"model_name_or_path": "model", "output_dir": "the run's folder",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
+
+    model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text",
+                              choices=("auto", "off"))
+    prompt_template: str = flag("{prompt}", "text around each prompt (of a chat: its last message), with {prompt} "
+                                            "where it goes")
+    output_dir: str = flag("runs/", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/",
+                           free=True)
+    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over", free=True)
+    per_device_train_batch_size: int = flag(64, "rows per process; at most so many in one forward", low=1, free=True)
+    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows",
+                                            low=1, free=True)
+    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only",
+                                   low=0, free=True)
+    max_steps: int = flag(80, "optimizer steps", low=1)
+    learning_rate: float = flag(0.0, "peak learning rate; 0: by the size of the model", low=0)
+    lr_scheduler_type: str = flag("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: this share of all steps", low=0)
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only", low=0)
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never", low=0)
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower",
+                                        free=True)
+    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
+    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails", low=1, free=True)
+    logging_steps: int = flag(5, "print a line every so many steps; metrics.jsonl has every step", low=1, free=True)
+    eval_steps: int = flag(40, "evaluate (greedy) every so many steps and at the end; 0: never", low=0)
+    eval_on_start: bool = flag(True, "evaluate before the first step, too")
+    n_eval: int = flag(128, "problems to evaluate on", low=1)
+    max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation", low=1)
+    save_steps: int = flag(20, "checkpoint every so many steps; 0: only when stopped and at the end", low=0, free=True)
+    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite",
+                              low=1, free=True)
+    seed: int = flag(0, "of weights, data, order and sampling", low=0)
+    report_to: str = flag("none", "where else to log", choices=("none", "wandb"), free=True)
+
+    def __post_init__(self):
+        check_flags(self)
+        if "{prompt}" not in self.prompt_template:
+            raise InputError(f"--prompt_template {self.prompt_template}: must contain {{prompt}}")
+
+
+@dataclass
+class ProblemFlags:
+    """The flags of every script that trains on problems or on data made of them: all but moe.py."""
+
+    SECTIONS = {"dataset_name": "data"}
+
+    dataset_name: str = flag("chain", "a problem set (see eval.py), a local file, or a hub data set")
+    dataset_train_split: str = flag("train", "split to train on")
+    dataset_test_split: str = flag("validation", "split to evaluate on")
+    eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
+    n_train: int = flag(20000, "problems to train on, of texts the first so many; 0: all (`chain`: 10,000)", low=0)
+    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
+    answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
+    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
+    domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
 
 
 class Layout(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """--help with each flag spelled once (--flag-name and, for False, --no_flag are taken, too), in sections.
-
-    `sections`: {the first flag of a section: its title}.
-    """
-
-    def __init__(self, sections, **given):
-        super().__init__(**given)
-        self.sections = sections
-
-    def add_argument(self, action):
-        if action.option_strings[0].startswith("--no_"):
-            return
-        if action.dest in self.sections:
-            self.end_section()
-            self.start_section(self.sections[action.dest])
-        action = copy.copy(action)
-        action.option_strings = action.option_strings[:1]
-        if action.type:
-            action.metavar = action.type.__name__.replace("string_to_bool", "bool")
-        super().add_argument(action)
+    """--help with the docstring as it is written, and every default."""
 
 
 def parse_flags(Config, usage, about, arguments=None):
-    """The command line as (Config, words that belong to no flag); InputError for no flag or an unusable value."""
-    parser = HfArgumentParser(Config, usage=usage, description=about, allow_abbrev=False,
-                              formatter_class=partial(Layout, Config.SECTIONS))
+    """The command line as (Config, words that belong to no flag); InputError for no flag or an unusable value.
+
+    --flag-name is taken for --flag_name; a switch is set by --flag or --flag True, unset by --no_flag or --flag False.
+    """
+    parser = ArgumentParser(usage=usage, description=about, allow_abbrev=False, formatter_class=Layout)
 
     def fail(message):  # argparse would print the whole usage
         raise InputError(message.removeprefix("argument "))
 
     parser.error = fail
-    config, words = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,
-                                                       look_for_args_file=False)
+    groups, title = {title: parser.add_argument_group(title) for title in Config.SECTIONS.values()}, ""
+    for item in fields(Config):
+        title = Config.SECTIONS.get(item.name, title)
+        kind = (get_args(item.type) or [item.type])[0]
+        more = {"nargs": "*"} if get_args(item.type) else {}
+        if kind is bool:
+            kind, more = string_to_bool, {"nargs": "?", "const": True}
+            parser.add_argument(f"--no_{item.name}", dest=item.name, action="store_false", default=SUPPRESS,
+                                help=SUPPRESS)
+        default = item.default if item.default is not MISSING else item.default_factory()
+        choices, said = item.metadata["choices"] or (), item.metadata["help"]
+        choices = choices() if callable(choices) else choices
+        if not all(choice in said for choice in choices):
+            said += f": {', '.join(choices)}"
+        groups[title].add_argument(f"--{item.name}", type=kind, default=default, help=said,
+                           metavar="bool" if kind is string_to_bool else kind.__name__, **more)
+    spelled = [re.sub(r"^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word)
+               for word in (sys.argv[1:] if arguments is None else arguments)]
+    found, words = parser.parse_known_args(spelled)
     for word in words:
         if word.startswith("-"):
-            wanted = word.lstrip("-").partition("=")[0].replace("-", "_")
-            near = difflib.get_close_matches(wanted, [f.name for f in fields(Config)], n=1)
+            near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], vars(found), n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists them"
             raise InputError(f"{word}: no such flag ({hint})")
-    return config, words
+    return Config(**vars(found)), words
+
+
+# --- a training run: what every script shares ---
+
+class RunError(Exception):
+    """The run cannot go on: one line that says why; scripts exit with code 1, and the last checkpoint is whole."""
+
+
+def launch(main, Config, words=""):
+    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped.
+
+    words: what a script takes beside its flags, which main then gets as a list after the config.
+    """
+    code, said, usage = 0, "", f"%(prog)s {words and f'{words} [{words} ...] '}[--flag value ...]"
+    try:
+        config, found = parse_flags(Config, usage, sys.modules["__main__"].__doc__)
+        if found and not words:
+            raise InputError(f"{found[0]}: is no flag (--help lists them)")
+        main(config, *[found] if words else [])
+    except InputError as error:
+        code, said = 2, error
+    except (RunError, OSError, SafetensorError) as error:
+        code, said = 1, error
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        code, said = 130, "interrupted"
+    if code:
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def stop_signals():
+    """A list to which SIGTERM and Ctrl-C add their numbers from now on, so that a run can save before it ends."""
+    caught = []
+
+    def catch(number, frame):
+        if not caught:
+            print(f"signal {number}: stopping after this step", file=sys.stderr)
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
+def write_json(path, value):
+    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def describe_run(config, data, world):
+    """What args.json says of a run: its script or fork, every flag, and all else one needs to repeat it."""
+    script = Path(inspect.getfile(type(config)))
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=script.parent, capture_output=True, text=True)
+    return {"format": 2, "script": script.stem, "flags": asdict(config), "processes": world.size,
+            "rows_per_step": config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size,
+            "data_sha256": hashlib.sha256(repr(data).encode()).hexdigest(), "git_commit": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "run_id": os.urandom(6).hex(), "finished": False}
+
+
+def open_run(config, data, world):
+    """Looks at --output_dir before any long work: (what args.json says of the run, the checkpoint to go on from).
+
+    An unfinished run of the same script, flags and data is continued; of a finished one, "finished" is true. A new run
+    has no checkpoint. Raises InputError for whatever else is found in the folder.
+    """
+    run, args = Path(config.output_dir), describe_run(config, data, world)
+    for name, value in args["flags"].items():  # a model or data in the folder that is written to, or deleted
+        given = Path(value) if isinstance(value, str) and value and name != "output_dir" else None
+        if given and given.exists() and run.resolve() in (given.resolve(), *given.resolve().parents):
+            raise InputError(f"--output_dir {run}: --{name} {value} is in it")
+    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
+        return args, None
+    if not (run / "args.json").is_file():
+        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
+    if config.overwrite:
+        return args, None
+    try:
+        before = json.loads((run / "args.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
+    if before.get("format") != args["format"]:
+        raise InputError(f"--output_dir {run}: holds a run of another version of these scripts; --overwrite deletes it")
+    rows = "per_device_train_batch_size x gradient_accumulation_steps x processes ="
+    for name, known_as in (("script", "script"), ("rows_per_step", rows)):
+        if before[name] != args[name]:
+            raise InputError(f"--output_dir {run}: holds a run with {known_as} {before[name]}, not {args[name]}; "
+                             "--overwrite deletes it")
+    for about in fields(config):
+        value, other = args["flags"][about.name], before["flags"].get(about.name)
+        if value != other and not about.metadata["free"]:
+            raise InputError(f"--{about.name} {value}: the run in --output_dir {run} has {other}; --overwrite deletes it")
+    if before["data_sha256"] != args["data_sha256"]:
+        name = "dataset_name" if "dataset_name" in args["flags"] else "domains"
+        raise InputError(f"--{name} {args['flags'][name]}: not the data this run began with; --overwrite starts over")
+    if before["finished"]:
+        print(f"{run}: finished already; --overwrite starts over", flush=True)
+    return before, None if before["finished"] else newest_checkpoint(run)
+
+
+def file_sizes(checkpoint):
+    """The files of a checkpoint and their sizes in bytes, but for state.json, which holds this."""
+    return {str(path.relative_to(checkpoint)): path.stat().st_size
+            for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "state.json"}
+
+
+def is_whole(checkpoint):
+    """Are all files of a checkpoint there, in full?"""
+    try:
+        return file_sizes(checkpoint) == json.loads((checkpoint / "state.json").read_text())["sizes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def checkpoints_of(run):
+    """The folders of a run's checkpoints, newest first."""
+    return sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_checkpoint(run):
+    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
+    for checkpoint in checkpoints_of(run):
+        if is_whole(checkpoint):
+            return checkpoint
+        print(f"{checkpoint}: damaged; falling back to the checkpoint before it", file=sys.stderr)
+    if checkpoints_of(run):
+        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
+    return None
+
+
+class Log:
+    """What a run writes as it goes: metrics.jsonl and its companions, lines on the screen, wandb where asked for.
+
+    Made when all that was given has been found usable: it begins the folder, or deletes with --overwrite what was
+    there, or cuts the files of a continued run back to its checkpoint, so that they end up as if it had never stopped.
+    Only the first process writes.
+    """
+
+    def __init__(self, args, resume, model, config, world):
+        self.run, self.config, self.active, self.wandb = Path(config.output_dir), config, world.rank == 0, None
+        self.steps_done, self.first_ended = 0, None
+        if not self.active:
+            return
+        if not resume:
+            self.begin({**args, "parameters": model.num_parameters(), "learning_rate": config.learning_rate})
+        self.cut(json.loads((resume / "state.json").read_text())["step"] if resume else -1)
+        versions = ", ".join(f"{name} {version}" for name, version in args["versions"].items())
+        print(f"{self.run}: {f'continues from {resume}' if resume else 'a new run'} on {world.size} x {world.device}, "
+              f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, {versions}",
+              flush=True)
+        if config.report_to == "wandb":
+            import wandb
+            about = {name: args[name] for name in ("script", "rows_per_step", "processes", "versions", "git_commit")}
+            self.wandb = wandb.init(project="post-training", name=self.run.name, dir=self.run, id=args["run_id"],
+                                    config=about | asdict(config), resume="allow", reinit="finish_previous")
+
+    def begin(self, args):
+        """Makes the folder with args.json in it. An earlier run goes at once, by a new name, before it is deleted."""
+        if self.config.overwrite and self.run.exists():
+            old = self.run.with_name(self.run.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)  # a kill leaves that
+            os.rename(self.run, old)
+            shutil.rmtree(old)
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_json(self.run / "args.json", args)
+
+    def cut(self, step):
+        """Drops what the run's files say of later steps."""
+        for name in ("metrics", "samples", "pairs", "bad_steps"):
+            path = self.run / f"{name}.jsonl"
+            if not path.exists():
+                continue
+            lines = path.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # a kill has cut it short
+                lines.pop()
+            path.with_suffix(".tmp").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def add(self, name, value):
+        """Adds a line to a file of the run: metrics, samples, pairs or bad_steps."""
+        if self.active:
+            with open(self.run / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(value) + "\n")
+
+    def count(self, state, taken, rows):
+        """Counts a step in `state`; one not taken is written down with its rows. RunError after --max_bad_steps."""
+        state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
+        if taken:
+            return
+        self.add("bad_steps", {"step": state["step"], "rows": rows})
+        if self.active:
+            print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
+                  f"{self.run / 'bad_steps.jsonl'}", file=sys.stderr)
+        if state["bad_steps"] >= self.config.max_bad_steps:
+            raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
+                           "(--max_bad_steps); the weights are those of the last good step")
+
+    def step(self, step, numbers, show, tokens=0, seconds=0.0):
+        """Writes one step's numbers; prints those named in `show` every --logging_steps, at the first step and at each
+        evaluation. Keys under time/ are not repeatable from run to run, all others are. Step 0 is an evaluation."""
+        if not self.active:
+            return
+        line, speed, now = {"step": step, **numbers}, "", time.perf_counter()
+        if seconds:
+            memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
+                     "time/peak_memory_gb": memory / 2**30}
+            self.steps_done += 1
+            self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
+            mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
+            left = timedelta(seconds=round(mean * (self.config.max_steps - step)))
+            speed = f"  {tokens / seconds:,.0f} tokens/s  {mean:.2f} s/step  eta {left}"
+        self.add("metrics", line)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        due = step % self.config.logging_steps == 0 or step == self.config.max_steps or self.steps_done == 1
+        if due or any(name.startswith("eval/") for name in numbers):
+            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
+            print(f"{step:>6}/{self.config.max_steps}  {shown}{speed}", flush=True)
+
+
+def load_eval_problems(config):
+    """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
+    name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
+    if config.eval_steps and not name:
+        print("no evaluation while training: --eval_dataset_name names the problems for it", flush=True)
+    if not config.eval_steps or not name:
+        return []
+    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
+                         domains=config.domains, prompt_column=config.prompt_column,
+                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+
+
+def eval_numbers(decoder, tokenizer, problems, step, log, config):
+    """Greedy accuracy on `problems`, as eval.py measures it: numbers to log, {} on all processes but the first.
+
+    One completion is printed, a few go to samples.jsonl; /low and /high end the accuracy's 95 % interval over problems.
+    """
+    if not log.active:
+        return {}
+    result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length,
+                      progress=sys.stderr.isatty())
+    for record in result["records"][:4]:
+        log.add("samples", {"step": step, **record})
+    first = result["records"][0]
+    prompt = first["prompt"] if isinstance(first["prompt"], str) else first["prompt"][-1]["content"]
+    print(f"        {prompt[-60:]!r} -> {first['completion'][-120:]!r}: {'right' if first['correct'] else 'wrong'}",
+          flush=True)
+    names = ("accuracy", "accuracy/low", "accuracy/high", "parse_fail", "truncated", "mean_length")
+    numbers = {f"eval/{name}": result[name] for name in names}
+    if len(result["by_level"]) > 1:
+        for level, part in result["by_level"].items():
+            numbers[f"eval/accuracy/level_{level}"] = part["accuracy"]
+    return numbers
 
 
 # --- main ---
 
 @dataclass
 class Config:
-    SECTIONS = {"dataset_name": "problems", "n": "sampling", "output_dir": "results"}
+    SECTIONS = {"dataset_name": "problems", "num_generations": "sampling", "output_dir": "results"}
 
     dataset_name: str = flag("chain", "chain, gsm8k, math500, aime24, aime25, amc23, reasoning_gym:TASK, a local file "
                                       "or folder, or a hub data set: owner/name or owner/name:configuration")
-    split: str = flag("test", "split of the data set")
-    n_problems: int = flag(256, "problems, drawn by the seed; 0: all there are")
+    dataset_test_split: str = flag("test", "split of the data set")
+    n_eval: int = flag(256, "problems, drawn by the seed; 0: all there are", low=0)
     prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
     answer_column: str = flag("", "column that holds the answer; empty: found by its usual names")
     levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
     domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
     prompt_template: str = flag("{prompt}", "text around each prompt, with {prompt} where it goes")
-    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
-    n: int = flag(8, "samples a problem")
+    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text",
+                              choices=("auto", "off"))
+    num_generations: int = flag(8, "samples a problem: n", low=1)
     k: str = flag("", "sizes for pass@k and maj@k, such as 1,4,8; empty: 1, 2, 4, ... up to n")
-    temperature: float = flag(1.0, "of the samples; 0, with --n 1: greedy decoding only")
-    top_p: float = flag(1.0, "sample from the fewest tokens that hold this much probability; 1: from all")
+    temperature: float = flag(1.0, "of the samples; 0, with --num_generations 1: greedy decoding only", low=0)
+    top_p: float = flag(1.0, "sample from the fewest tokens that hold this much probability; 1: from all", low=1e-6,
+                        high=1)
     greedy: bool = flag(True, "decode once at temperature 0 as well")
-    max_new_tokens: int = flag(256, "tokens a completion may take")
-    batch_size: int = flag(256, "completions decoded side by side")
+    max_completion_length: int = flag(256, "tokens a completion may take", low=1)
+    generation_batch_size: int = flag(256, "completions decoded side by side", low=1)
     bf16: bool = flag(torch.cuda.is_available(), "weights in bfloat16; by default on a GPU")
-    seed: int = flag(0, "of the choice of problems, the samples and the intervals")
+    seed: int = flag(0, "of the choice of problems, the samples and the intervals", low=0)
 
     output_dir: str = flag("runs/eval", "where eval.json, samples.jsonl and eval.png go; with --plot: curves.png")
-    against: str = flag("first", "compare each checkpoint with the first, with the one before it (previous), or all")
+    against: str = flag("first", "compare each checkpoint with the first, with the one before it, or with all",
+                        choices=("first", "previous", "all"))
     plot: list[str] = flag([], "draw the training curves of these run folders instead")
+
+    def __post_init__(self):
+        check_flags(self)
 
 
 def read_ks(config):
     """The k of pass@k. Raises InputError for flags that contradict each other."""
-    lowest = {"n": 1, "n_problems": 0, "max_new_tokens": 1, "batch_size": 1, "temperature": 0, "seed": 0}
-    for name, least in lowest.items():
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {least} or more")
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
-    if config.against not in ("first", "previous", "all"):
-        raise InputError(f"--against {config.against}: must be one of first, previous, all")
-    if config.temperature == 0 and config.n > 1:
-        raise InputError(f"--n {config.n}: at --temperature 0 all samples are the same; use --n 1")
+    n = config.num_generations
+    if config.temperature == 0 and n > 1:
+        raise InputError(f"--num_generations {n}: at --temperature 0 all samples are the same; use 1")
     words = [word.strip() for word in config.k.split(",")] if config.k else []
-    if not all(word.isdecimal() and 1 <= int(word) <= config.n for word in words):
-        raise InputError(f"--k {config.k}: write sizes like 1,4,8, each from 1 to --n {config.n}")
-    return sorted(set(map(int, words))) or [2 ** i for i in range(config.n.bit_length())]
+    if not all(word.isdecimal() and 1 <= int(word) <= n for word in words):
+        raise InputError(f"--k {config.k}: write sizes like 1,4,8, each from 1 to --num_generations {n}")
+    return sorted(set(map(int, words))) or [2 ** i for i in range(n.bit_length())]
 
 
 def run_evaluations(config, checkpoints, problems, ks):
     """For each checkpoint {"greedy": ..., "sampled": ...} as `evaluate` returns them."""
     load = partial(load_model, dtype=torch.bfloat16 if config.bf16 else torch.float32, seed=config.seed,
                    chat_template=config.chat_template)
-    judge = partial(evaluate, problems=problems, max_new_tokens=config.max_new_tokens, seed=config.seed,
-                    batch_size=config.batch_size, progress=sys.stderr.isatty())
+    judge = partial(evaluate, problems=problems, max_new_tokens=config.max_completion_length, seed=config.seed,
+                    batch_size=config.generation_batch_size, progress=sys.stderr.isatty())
     try:
         for checkpoint in checkpoints:  # so that a mistyped one is found before another is evaluated
             load(checkpoint)
@@ -1323,7 +1681,7 @@ def run_evaluations(config, checkpoints, problems, ks):
         raise InputError(f"--output_dir {config.output_dir}: {error.strerror}") from error
     modes = {"greedy": dict(temperature=0.0)} if config.greedy or config.temperature == 0 else {}
     if config.temperature > 0:
-        modes["sampled"] = dict(n=config.n, k=ks, temperature=config.temperature, top_p=config.top_p)
+        modes["sampled"] = dict(n=config.num_generations, k=ks, temperature=config.temperature, top_p=config.top_p)
     evaluations = []
     for checkpoint in checkpoints:
         model, tokenizer = load(checkpoint)
@@ -1350,13 +1708,13 @@ def results_table(config, checkpoints, evaluations, comparisons):
     """What is printed: the accuracies, then by level and by domain, then the paired comparisons."""
     first = evaluations[0]
     main = "sampled" if "sampled" in first else "greedy"
-    title = f"{config.dataset_name}, {config.split}: {first[main]['n_problems']} problems"
+    title = f"{config.dataset_name}, {config.dataset_test_split}: {first[main]['n_problems']} problems"
     columns = [("greedy", "greedy", "accuracy")] if "greedy" in first else []
     if main == "sampled":
-        title += f", {config.n} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
-        columns += [(f"avg@{config.n}", main, "accuracy")]
+        title += f", {config.num_generations} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
+        columns += [(f"avg@{config.num_generations}", main, "accuracy")]
         columns += [(key, main, key) for key in first[main] if re.fullmatch(r"(pass|maj)@\d+", key) and key != "pass@1"]
-    lines = [f"{title}, at most {config.max_new_tokens} tokens, seed {config.seed}",
+    lines = [f"{title}, at most {config.max_completion_length} tokens, seed {config.seed}",
              "percent, in brackets the 95 % interval over problems"]
     rows = [["", *(title for title, _, _ in columns), "no answer", "cut off", "tokens"]]
     for checkpoint, runs in zip(checkpoints, evaluations):
@@ -1418,9 +1776,7 @@ def write_results(config, checkpoints, evaluations, comparisons, problems):
     plot_evaluations(short_names(checkpoints), evaluations, folder / "eval.png")
 
 
-def main(arguments=None):
-    usage = "eval.py CHECKPOINT [CHECKPOINT ...] [--flag value ...]"
-    config, checkpoints = parse_flags(Config, usage, __doc__, arguments)
+def main(config, checkpoints):
     folder = Path(config.output_dir)
     if config.plot:
         plot_runs(config.plot, folder / "curves.png")
@@ -1429,7 +1785,7 @@ def main(arguments=None):
     if not checkpoints:
         raise InputError("name at least one checkpoint: eval.py CHECKPOINT [CHECKPOINT ...] (--help says more)")
     ks = read_ks(config)
-    problems = load_problems(config.dataset_name, config.split, config.n_problems or None, config.seed,
+    problems = load_problems(config.dataset_name, config.dataset_test_split, config.n_eval or None, config.seed,
                              prompt_column=config.prompt_column, answer_column=config.answer_column,
                              levels=config.levels, domains=config.domains, prompt_template=config.prompt_template)
     evaluations = run_evaluations(config, checkpoints, problems, ks)
@@ -1440,11 +1796,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print("eval.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    launch(main, Config, words="CHECKPOINT")

@@ -66,100 +66,84 @@ from kernels import linear_logps
 
 
 @dataclass
-class Config:
+class Config(ProblemFlags, RunFlags):
     SECTIONS = {"model_name_or_path": "model and data", "output_dir": "the run's folder", "num_generations": "sampling",
                 "sampler": "curriculum: which prompts", "scaffold": "hints for prompts never answered right",
                 "reward_funcs": "reward", "loss_type": "loss", "teacher_model_name_or_path": "teachers",
                 "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
     model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
-    chat_template: str = flag("auto", "auto: the tokenizer's, where it has one; off: prompts are plain text")
-    dataset_name: str = flag("chain", "a problem set (see eval.py), a local file, or a hub data set")
-    dataset_train_split: str = flag("train", "split to train on")
-    dataset_test_split: str = flag("validation", "split to evaluate on")
-    eval_dataset_name: str = flag("", "problems to evaluate on; empty: dataset_name where that is a named problem set")
-    n_train: int = flag(20000, "problems to train on, 0: all (`chain`: 10,000)")
-    prompt_column: str = flag("", "column that holds the prompt; empty: found by its usual names")
-    answer_column: str = flag("", "column that holds the answer or solution; empty: found by its usual names")
-    prompt_template: str = flag("{prompt}", "text around a string prompt, with {prompt} where it goes")
-    levels: str = flag("", "levels to keep, such as 1-3 or 1,4, where the data has them; empty: all (`chain`: 1-5)")
-    domains: str = flag("", "kinds of problems to keep, such as add,mul, where the data has them; empty: all")
-    output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/")
-    overwrite: bool = flag(False, "delete an earlier run in output_dir and start over")
-    resume_from_checkpoint: str = flag("auto", "auto: the newest whole checkpoint in output_dir; or one's folder")
-    num_generations: int = flag(8, "completions per prompt: G")
-    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out")
-    max_completion_length: int = flag(128, "tokens sampled at most per completion, in training and evaluation")
+    output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/",
+                           free=True)
+    num_generations: int = flag(8, "completions per prompt: G", low=2)
+    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out", low=1)
     temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only")
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1)
     stages: list[str] = flag([], "limit x G of equal parts of the run, such as 32x16 64x8 128x4; none: one stage")
     sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
-    arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain")
-    sampler_rate: float = flag(0.5, "sec, domain_aware: weight of the newest step in the running mean")
-    sampler_temperature: float = flag(0.0, "of the choice among arms; 0: sec 0.4, dump 0.1, domain_aware 0.3")
-    dump_window: int = flag(300, "dump: an arm's last so many completions count")
-    horizon_gate: float = flag(0.8, "horizon: accuracy that opens the next arm; 0: equal shares of --max_steps")
-    horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one")
-    adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn")
-    adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty")
+    arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain",
+                    choices=("level", "domain", "steps", "level,domain"))
+    sampler_rate: float = flag(0.5, "sec, domain_aware: weight of the newest step in the running mean", low=0, high=1)
+    sampler_temperature: float = flag(0.0, "of the choice among arms; 0: sec 0.4, dump 0.1, domain_aware 0.3", low=0)
+    dump_window: int = flag(300, "dump: an arm's last so many completions count", low=1)
+    horizon_gate: float = flag(0.8, "horizon: accuracy that opens the next arm; 0: equal shares of --max_steps",
+                               low=0, high=1)
+    horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one", low=0, high=1)
+    adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn", low=1)
+    adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty", low=1)
     knapsack_range: list[int] = flag([2, 64], "knapsack: fewest completions of any prompt, most of a mixed one")
     knapsack_reweight: bool = flag(True, "knapsack: a prompt weighs as many completions as it got; off: all weigh G")
-    max_rounds: int = flag(10, "dynamic: sample at most so many times for one step")
-    scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)")
-    scaffold_exempt: float = flag(0.15, "share of --max_steps before a scaffold helps")
-    scaffold_samples: int = flag(1, "completions sampled at each level of help")
+    max_rounds: int = flag(10, "dynamic: sample at most so many times for one step", low=1)
+    scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)",
+                         choices=("none", "hints", "egsr", "subgoals", "negatives"))
+    scaffold_exempt: float = flag(0.15, "share of --max_steps before a scaffold helps", low=0, high=1)
+    scaffold_samples: int = flag(1, "completions sampled at each level of help", low=1)
     hint_template: str = flag("{prompt}\n\nHint: {hint}", "the prompt with help, from {prompt} and {hint}")
-    hint_logps: str = flag("auto", "train the helped completion under the prompt: hinted, plain; auto: plain for egsr")
-    subgoal_form: str = flag("given", "subgoals: alone, or given the steps before it")
+    hint_logps: str = flag("auto", "train the helped completion under the prompt: hinted, plain; auto: plain for egsr",
+                           choices=("auto", "hinted", "plain"))
+    subgoal_form: str = flag("given", "subgoals: alone, or given the steps before it", choices=("alone", "given"))
     reward_funcs: list[str] = flag(["accuracy"], "any of accuracy, format, length, budget, format_length")
     reward_weights: list[float] = flag([], "one weight per reward function; none: 1 each")
     shape_silent_groups: bool = flag(False, "let other rewards than accuracy move groups without a right completion")
     length_budget: list[int] = flag([], "budget: tokens asked for at the start and at the end; none: limit and a third")
-    budget_drops: int = flag(3, "budget: equally spaced cuts on the way from the first to the last; 0: the last always")
+    budget_drops: int = flag(3, "budget: equally spaced cuts on the way from the first to the last; 0: the last always",
+                             low=0)
     budget_gate: bool = flag(True, "budget: paid for right completions only (the paper pays wrong ones too)")
-    loss_type: str = flag("dapo", "grpo, dr_grpo, dapo, gspo or cispo")
-    epsilon: float = flag(0.0, "ratios clip below 1 - this; 0: as the loss's paper (0.2; gspo 3e-4; cispo: none)")
-    epsilon_high: float = flag(0.0, "ratios clip above 1 + this; 0: as the loss's paper (0.2; dapo .28; gspo 4e-4)")
-    cispo_max_weight: float = flag(5.0, "cispo: the largest weight of a token, an absolute ratio (TRL's epsilon_high)")
-    scale_rewards: str = flag("auto", "divide advantages by the std of: group, batch, none; auto: none for dr_grpo")
-    baseline: str = flag("mean", "what a reward is compared with: mean of its group, or leave_one_out of the others")
-    beta: float = flag(0.0, "weight of the KL divergence to the model given")
+    loss_type: str = flag("dapo", "grpo, dr_grpo, dapo, gspo or cispo", choices=tuple(clips))
+    epsilon: float = flag(0.0, "ratios clip below 1 - this; 0: as the loss's paper (0.2; gspo 3e-4; cispo: none)",
+                          low=0)
+    epsilon_high: float = flag(0.0, "ratios clip above 1 + this; 0: as the loss's paper (0.2; dapo .28; gspo 4e-4)",
+                               low=0)
+    cispo_max_weight: float = flag(5.0, "cispo: the largest weight of a token, an absolute ratio (TRL's epsilon_high)",
+                                   low=0)
+    scale_rewards: str = flag("auto", "divide advantages by the std of: group, batch, none; auto: none for dr_grpo",
+                              choices=("auto", "group", "batch", "none"))
+    baseline: str = flag("mean", "what a reward is compared with: mean of its group, or leave_one_out of the others",
+                         choices=("mean", "leave_one_out"))
+    beta: float = flag(0.0, "weight of the KL divergence to the model given", low=0)
     kl_in_reward: bool = flag(False, "the KL, undivided, lowers a completion's advantage (T1; with scale_rewards none)")
-    ref_model_mixup_alpha: float = flag(0.0, "share of the policy mixed into the reference of --beta; 0: it is fixed")
-    ref_model_sync_steps: int = flag(1, "mix it in every so many steps")
-    entropy_coef: float = flag(0.0, "weight of an entropy bonus, per token")
-    entropy_weighting: str = flag("uniform", "of the bonus's tokens: uniform, or tea (where the update costs entropy)")
+    ref_model_mixup_alpha: float = flag(0.0, "share of the policy mixed into the reference of --beta; 0: it is fixed",
+                                        low=0, high=1)
+    ref_model_sync_steps: int = flag(1, "mix it in every so many steps", low=1)
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus, per token", low=0)
+    entropy_weighting: str = flag("uniform", "of the bonus's tokens: uniform, or tea (where the update costs entropy)",
+                                  choices=("uniform", "tea"))
     teacher_model_name_or_path: str = flag("", "a model with the same tokenizer that --kd_coef pulls towards")
-    kd_coef: float = flag(0.0, "weight of the KL divergence to the teacher")
-    kd_direction: str = flag("reverse", "whose KL the gradient follows: reverse (k2), forward (k3)")
-    kd_schedule: str = flag("constant", "constant, anneal (linearly to a fifth), switch (only in the first half)")
-    kd_rows: str = flag("all", "completions the KL acts on: all, wrong, stuck (groups without a right one)")
+    kd_coef: float = flag(0.0, "weight of the KL divergence to the teacher", low=0)
+    kd_direction: str = flag("reverse", "whose KL the gradient follows: reverse (k2), forward (k3)",
+                             choices=("reverse", "forward"))
+    kd_schedule: str = flag("constant", "constant, anneal (linearly to a fifth), switch (only in the first half)",
+                            choices=("constant", "anneal", "switch"))
+    kd_rows: str = flag("all", "completions the KL acts on: all, wrong, stuck (groups without a right one)",
+                        choices=("all", "wrong", "stuck"))
     hpt_gate: float = flag(-1.0, "prompts answered right at most this share learn from their solution; below 0: off")
-    sft_coef: float = flag(1.0, "hpt: weight of a solution's log-likelihood")
-    num_iterations: int = flag(1, "optimizer steps on each step's rollouts")
+    sft_coef: float = flag(1.0, "hpt: weight of a solution's log-likelihood", low=0)
+    num_iterations: int = flag(1, "optimizer steps on each step's rollouts", low=1)
     mask_truncated_completions: bool = flag(False, "do not train on completions that the limit cut off")
-    soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing")
-    per_device_train_batch_size: int = flag(256, "completions per process; at most so many in one forward")
-    gradient_accumulation_steps: int = flag(1, "a step holds per_device_train_batch_size x this x processes rows")
-    micro_batch_tokens: int = flag(1024, "padded tokens in one forward at most; 0: no limit; memory and speed only")
-    max_steps: int = flag(80, "optimizer steps")
-    learning_rate: float = flag(0.0, "peak learning rate; 0: 5e-5 under 10 M parameters, 1e-6 (TRL's) above")
-    lr_scheduler_type: str = flag("constant", "constant, linear or cosine, after the warm-up")
-    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: this share of all steps")
-    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm here; 0: never")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward: less memory, a third slower")
-    bf16: bool = flag(torch.cuda.is_available(), "bfloat16 products with float32 weights; by default on a GPU")
-    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
-    ddp_timeout: int = flag(1800, "seconds a process waits for the others before the run fails")
-    logging_steps: int = flag(5, "print a line every so many steps; metrics.jsonl has every step")
-    eval_steps: int = flag(40, "evaluate (greedy) every so many steps and at the end; 0: never")
-    eval_on_start: bool = flag(True, "evaluate before the first step, too")
-    n_eval: int = flag(128, "problems to evaluate on")
-    save_steps: int = flag(20, "checkpoint every so many steps; 0: only when stopped and at the end")
-    max_bad_steps: int = flag(3, "give up after so many steps in a row with a loss or gradient that is not finite")
-    seed: int = flag(0, "of data, order and sampling")
-    report_to: str = flag("none", "none, or wandb")
+    soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing",
+                                     low=0)
+    per_device_train_batch_size: int = flag(256, "completions per process; at most so many in one forward",
+                                            low=1, free=True)
 
 
 # --- loss ---
@@ -392,616 +376,6 @@ class Policy(nn.Module):
         B, S = batch.mask_BS.shape
         return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
                      for x_N in found)
-
-
-class World(NamedTuple):
-    """This process among all that train together."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-
-def start_world(config):
-    """Joins the processes that torchrun started, or stands alone."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if size > 1 or config.fsdp:
-        store = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=config.ddp_timeout), **store)
-    return World(rank, size, device)
-
-
-def barrier():
-    """All processes meet here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def say(text):
-    """Prints a line, on the first process alone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def sum_over_processes(values, world):
-    """Numbers or scalar tensors, each summed over all processes: list of float, at the cost of one wait."""
-    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def on_rank_0(function, world):
-    """What function() returns on rank 0, or raises there as InputError, on every process."""
-    outcome = [None, None]
-    if world.rank == 0:
-        try:
-            outcome[0] = function()
-        except InputError as error:
-            outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise InputError(outcome[1])
-    return outcome[0]
-
-
-def distribute(policy, config, world):
-    """The policy on this process's device: plain, in DDP, or sharded layer by layer (FSDP2)."""
-    if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = shard(policy.train().to(world.device), config)
-    ddp = world.size > 1 and not config.fsdp
-    return DistributedDataParallel(policy, broadcast_buffers=False) if ddp else policy
-
-
-def shard(policy, config):
-    """With --fsdp, splits the weights over the processes; each gathers a layer just while it needs it."""
-    if config.fsdp:
-        precision = MixedPrecisionPolicy(torch.bfloat16 if config.bf16 else None, reduce_dtype=torch.float32)
-        for layer in getattr(policy.model.base_model, "layers", ()):
-            fully_shard(layer, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
-    return policy
-
-
-def unwrap(policy):
-    """The Policy inside DDP; never for a forward whose gradient is wanted, which must go through the wrapper."""
-    return policy.module if isinstance(policy, DistributedDataParallel) else policy
-
-
-def make_decoder(model, config, world):
-    """The model that samples: the trained one itself on a CPU, else a copy (bfloat16 where training uses it)."""
-    if not config.fsdp and world.device.type == "cpu":
-        return model
-    decoder = copy.deepcopy(model).requires_grad_(False)
-    for weight in decoder.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained has them
-        weight.data = weight.data.to(torch.bfloat16 if config.bf16 else torch.float32)
-    return decoder.to(world.device)
-
-
-@torch.no_grad()
-def refresh(decoder, policy):
-    """Brings the decoder's weights up to date; under FSDP this gathers every weight once. All processes take part."""
-    check_weights(policy)
-    for target, source in zip(decoder.parameters(), unwrap(policy).model.parameters()):
-        if target is not source:
-            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
-
-
-def check_weights(policy):
-    """Raises RunError, on every process, where a weight is not finite: such a policy is neither sampled nor saved."""
-    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in policy.parameters()]
-    total = sum(part.detach().sum() for part in parts)  # finite only if every term is
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    if not total.isfinite():
-        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
-
-
-def make_optimizer(policy, config):
-    """AdamW; decay on matrices only. Its learning rate is set at each step."""
-    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
-    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
-                             weight_decay=config.weight_decay, fused=True)
-
-
-def warm_up(config):
-    """Steps of warm-up: --warmup_steps, or that share of all steps where it is below 1 (as transformers reads it)."""
-    return int(config.warmup_steps) if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * config.max_steps)
-
-
-def scheduled_rate(step, config):
-    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
-
-    The first step already moves (transformers' own schedules spend it at rate 0).
-    """
-    if step < (rising := warm_up(config)):
-        return config.learning_rate * (step + 1) / rising
-    done = (step - rising) / max(1, config.max_steps - rising)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.learning_rate * decay[config.lr_scheduler_type]
-
-
-def train_step(policy, optimizer, batches, loss_of, step, config, world):
-    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
-
-    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
-    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
-    finite, nothing moves: neither the weights nor the optimizer.
-    """
-    sums = {"loss": 0.0}
-    for i, batch in enumerate(batches):
-        waits = isinstance(policy, DistributedDataParallel) and i < len(batches) - 1  # gradients travel once a step
-        with policy.no_sync() if waits else contextlib.nullcontext():
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
-                loss, numbers = loss_of(policy, batch)
-            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the sum is meant
-        for name, value in {"loss": loss.detach(), **numbers}.items():
-            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    *values, norm = sum_over_processes([*sums.values(), norm / world.size], world)
-    rate = scheduled_rate(step, config)
-    numbers = {**dict(zip(sums, values)), "grad_norm": norm, "learning_rate": rate}
-    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
-    if taken:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad()
-    return numbers, taken
-
-
-# --- run ---
-
-
-class RunError(Exception):
-    """The run cannot go on: one line that says why. Scripts print it and exit with 1; the last checkpoint is whole."""
-
-
-def write_json(path, value):
-    """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def append_line(path, value):
-    """Adds one JSON line to a file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
-
-
-def sha256(path):
-    """SHA-256 of a file's bytes, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path):
-    """Has the system write a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def fault_of(checkpoint):
-    """What is wrong with a checkpoint, in words, or None: every file must have the size and hash of the manifest."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name, (size, digest) in manifest.items():
-            if (checkpoint / name).stat().st_size != size or sha256(checkpoint / name) != digest:
-                return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, TypeError, AttributeError):
-        return "manifest.json is damaged"
-    return None
-
-
-def newest_checkpoint(run):
-    """The newest whole checkpoint of a run, None where it has none at all; a damaged one is named and passed over."""
-    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]), reverse=True)
-    for checkpoint in found:
-        fault = fault_of(checkpoint)
-        if fault is None:
-            return checkpoint
-        print(f"{checkpoint}: {fault}; falling back to the checkpoint before it", file=sys.stderr)
-    if found:
-        raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
-    return None
-
-
-def weight_tensors(policy):
-    """The policy's weights by name, sharing their memory."""
-    return {name: parameter.detach() for name, parameter in unwrap(policy).named_parameters()}
-
-
-def optimizer_tensors(policy, optimizer):
-    """The optimizer's state as a flat dict of tensors, `parameter name.state name`; zeros where it has not begun."""
-    tensors = {}
-    for name, parameter in unwrap(policy).named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
-            if not state:
-                state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
-                             exp_avg_sq=torch.zeros_like(parameter))
-            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
-    return tensors
-
-
-def save_checkpoint(run, state, policy, tokenizer, optimizer, config, world, tensors=None):
-    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two.
-
-    `state` is a dict for JSON with its "step"; `tensors` whatever else must survive. Everything is written under
-    another name, synced, listed in a manifest with sizes and hashes, and renamed. Without --fsdp the folder is also
-    a model that from_pretrained loads. Raises RunError where the disk does not take it; older ones stay.
-    """
-    final = run / "checkpoints" / f"step_{state['step']}"
-    aside = final.with_name(final.name + ".tmp")
-    check_weights(policy)
-    try:
-        if world.rank == 0:
-            for left in final.parent.glob("*.tmp"):  # by a save that was killed
-                shutil.rmtree(left)
-            aside.mkdir(parents=True)
-        barrier()
-        if config.fsdp:
-            shards = {**weight_tensors(policy), **optimizer_tensors(policy, optimizer)}
-            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(aside / "shards"), save_distributed=True))
-        if world.rank == 0:
-            model = unwrap(policy).model
-            if config.fsdp:
-                model.config.save_pretrained(aside)
-            else:
-                model.save_pretrained(aside)
-                save_file(optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
-            tokenizer.save_pretrained(aside)
-            save_file(tensors or {}, aside / "tensors.safetensors")
-            write_json(aside / "state.json", state)
-            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-            for path in files:
-                sync(path)
-            write_json(aside / "manifest.json",
-                       {str(path.relative_to(aside)): [path.stat().st_size, sha256(path)] for path in files})
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a course that was given up
-            os.rename(aside, final)
-            sync(final.parent)
-            older = {int(path.name[5:]): path for path in final.parent.glob("step_*[0-9]") if path != final}
-            keep = max((step for step in older if step < state["step"]), default=None)
-            for step in set(older) - {keep}:  # later ones belong to a course that was given up
-                shutil.rmtree(older[step])
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
-        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
-                       "kept, and the same command continues from them") from error
-    barrier()
-
-
-def load_checkpoint(checkpoint, policy, optimizer, config):
-    """Brings the optimizer (and under FSDP the weights) back, in place: (state, tensors) as they were saved."""
-    saved = optimizer_tensors(policy, optimizer)
-    if config.fsdp:
-        shards = {**weight_tensors(policy), **saved}
-        dcp.load(shards, storage_reader=HuggingFaceStorageReader(str(checkpoint / "shards")))
-    else:
-        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-            saved[name].copy_(tensor)
-    return json.loads((checkpoint / "state.json").read_text()), load_file(checkpoint / "tensors.safetensors")
-
-
-FREE_FLAGS = {"output_dir", "overwrite", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
-              "ddp_timeout", "max_bad_steps", "micro_batch_tokens", "gradient_checkpointing",
-              "per_device_train_batch_size", "gradient_accumulation_steps",
-              "generation_batch_size"}  # may change when a run is continued
-
-
-def open_run(config, args):
-    """Looks at --output_dir before any long work: (the checkpoint to continue from or None, is the run finished?).
-
-    An unfinished run with the same flags is continued; anything else found in the folder raises InputError.
-    """
-    run = Path(config.output_dir)
-    model = Path(config.model_name_or_path).resolve()
-    if run.resolve() in (model, *model.parents):
-        raise InputError(f"--output_dir {run}: --model_name_or_path {config.model_name_or_path} is in it")
-    chosen = None if config.resume_from_checkpoint == "auto" else Path(config.resume_from_checkpoint)
-    if chosen and (fault := "--overwrite deletes it" if config.overwrite else fault_of(chosen)):
-        raise InputError(f"--resume_from_checkpoint {chosen}: {fault}")
-    if config.overwrite and (run / "args.json").is_file():
-        for path in sorted(run.iterdir(), key=lambda path: path.name == "args.json"):  # last: it marks the folder ours
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
-        if chosen:
-            raise InputError(f"--resume_from_checkpoint {chosen}: --output_dir {run} holds no run to continue")
-        return None, False
-    if chosen and chosen.resolve().parent != run.resolve() / "checkpoints":
-        raise InputError(f"--resume_from_checkpoint {chosen}: is no checkpoint of --output_dir {run}")
-    if not (run / "args.json").is_file():
-        raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
-    try:
-        before = json.loads((run / "args.json").read_text())
-    except ValueError as error:
-        raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
-    rows = "per_device_train_batch_size x gradient_accumulation_steps x processes ="
-    for name, known_as in (("script", "script"), ("rows_per_step", rows)):
-        if before[name] != args[name]:
-            raise InputError(f"--output_dir {run}: holds a run with {known_as} {before[name]}, not {args[name]}; "
-                             "--overwrite deletes it")
-    for name, value in args["flags"].items():
-        if name not in FREE_FLAGS and before["flags"].get(name) != value:
-            raise InputError(f"--{name} {value}: the run in --output_dir {run} has {before['flags'].get(name)}; "
-                             "--overwrite deletes it")
-    if before["finished"]:
-        print(f"{run}: finished already; --overwrite starts over")
-        return None, True
-    return chosen or newest_checkpoint(run), False
-
-
-def run_args(config, world):
-    """What args.json says: every flag, and all else one needs to repeat the run."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
-    return {"script": Path(__file__).stem, "flags": asdict(config), "rows_per_step": rows, "processes": world.size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
-            "git_commit": git.stdout.strip() or None, "run_id": os.urandom(6).hex(), "finished": False}
-
-
-def begin_run(config, world, resume, args, model, data):
-    """Makes the run's folder, or cuts the logs of a continued run back to its checkpoint: the run's folder.
-
-    `data` is hashed, so that a run is never continued on other data: InputError.
-    """
-    run, digest = Path(config.output_dir), hashlib.sha256(repr(data).encode()).hexdigest()
-    if world.rank != 0:
-        return run
-    run.mkdir(parents=True, exist_ok=True)
-    if resume is None:
-        write_json(run / "args.json", {**args, "parameters": model.num_parameters(),
-                                       "learning_rate": config.learning_rate, "data_sha256": digest})
-    elif json.loads((run / "args.json").read_text())["data_sha256"] != digest:
-        name = "dataset_name" if hasattr(config, "dataset_name") else "domains"
-        raise InputError(f"--{name} {getattr(config, name)}: not the data this run began with; --overwrite starts over")
-    step = json.loads((resume / "state.json").read_text())["step"] if resume else -1
-    for path in (run / f"{name}.jsonl" for name in ("metrics", "samples", "pairs", "bad_steps")):
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True)
-                     if line.endswith("\n") and json.loads(line)["step"] <= step]  # a line cut short was the last
-            path.with_suffix(".tmp").write_text("".join(lines))
-            os.replace(path.with_suffix(".tmp"), path)
-    print(f"{run}: " + (f"continues from {resume}" if resume else "a new run") + f" on {world.size} x {world.device}, "
-          f"{model.num_parameters() / 1e6:.3g} M parameters, learning rate {config.learning_rate:g}, "
-          + ", ".join(f"{name} {version}" for name, version in args["versions"].items()))
-    return run
-
-
-class StopSignal:
-    """SIGTERM or SIGINT asks for a checkpoint and an end after the current step; another, 2 s later, ends at once.
-
-    Within 2 s it is the same one: torchrun passes on to its processes what a scheduler has sent to all.
-    """
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        if self.number and time.monotonic() - self.since > 2:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            print(f"signal {number}: stopping after this step (again: at once)", file=sys.stderr)
-
-    def agreed(self, world):
-        """The signal any process has received, the same on all of them; 0 for none."""
-        number = torch.tensor(self.number, device=world.device)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-
-def leave(run, state, number):
-    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
-    say(f"{run}: stopped and saved after step {state['step']}; the same command continues from there")
-    sys.exit(128 + number)
-
-
-class Log:
-    """metrics.jsonl, a line on the screen, and wandb where asked for; silent on all ranks but 0."""
-
-    def __init__(self, run, config, world):
-        self.path, self.config, self.active, self.wandb = run / "metrics.jsonl", config, world.rank == 0, None
-        self.steps_done, self.first_ended = 0, None
-        if self.active and config.report_to == "wandb":
-            import wandb
-            args = json.loads((run / "args.json").read_text())
-            about = {name: args[name] for name in ("script", "rows_per_step", "processes", "versions", "git_commit")}
-            self.wandb = wandb.init(project="post-training", name=run.name, dir=run, config=about | asdict(config),
-                                    id=args.get("run_id"), resume="allow", reinit="finish_previous")
-            self.table, self.samples, self.samples_read = wandb.Table, run / "samples.jsonl", 0
-            self.new_samples()  # those of a continued run are there already
-
-    def step(self, step, numbers, show, tokens=0, seconds=0.0):
-        """Writes one step's numbers; prints those named in `show` every --logging_steps and at each evaluation. Keys
-        under time/ are not repeatable from run to run; all others are. Step 0 is an evaluation before training."""
-        if not self.active:
-            return
-        line, speed = {"step": step, **numbers}, ""
-        if seconds:
-            memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-            line |= {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds,
-                     "time/peak_memory_gb": memory / 2**30}
-            self.steps_done, now = self.steps_done + 1, time.perf_counter()
-            self.first_ended = self.first_ended or now  # the first step may sample, or warm a compiler up
-            mean = (now - self.first_ended) / (self.steps_done - 1) if self.steps_done > 1 else seconds
-            left = timedelta(seconds=round(mean * (self.config.max_steps - step)))
-            speed = f"  {tokens / seconds:,.0f} tokens/s  {mean:.2f} s/step  eta {left}"
-        append_line(self.path, line)
-        due = (step % self.config.logging_steps == 0 or step == self.config.max_steps
-               or any(name.startswith("eval/") for name in numbers))
-        if self.wandb:
-            self.wandb.log(line | (self.new_samples() if due else {}), step=step)  # each table is a file
-        if due:
-            shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in show if name in numbers)
-            print(f"{step:>6}/{self.config.max_steps}  {shown}{speed}", flush=True)
-
-    def new_samples(self):
-        """What samples.jsonl has gained since the last call, as {"samples": a table for wandb}; {} for nothing."""
-        if not self.samples.exists():
-            return {}
-        with open(self.samples, "rb") as file:
-            file.seek(self.samples_read)
-            rows = [json.loads(line) for line in file]
-            self.samples_read = file.tell()
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        data = [[str(row.get(name, "")) for name in columns] for row in rows]  # a column of a table has one type
-        return {"samples": self.table(columns=columns, data=data)} if rows else {}
-
-
-def end_run(run, policy, tokenizer, world):
-    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
-    model = unwrap(policy).model
-    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()
-               if isinstance(parameter, DTensor)} or None
-    if world.rank == 0:
-        aside = run / "export.tmp"
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        for path in aside.iterdir():
-            os.replace(path, run / path.name)
-        aside.rmdir()
-        plot_runs([run], run / "curves.png")
-        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png")
-    barrier()
-
-
-def check_values(config, choices, lowest, shares=()):
-    """Raises InputError for a flag that is none of its choices, under its lowest value, or no share between 0 and 1."""
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: must be one of {', '.join(allowed)}")
-    for name, low in lowest.items():
-        if not low <= getattr(config, name) < math.inf:
-            raise InputError(f"--{name} {getattr(config, name)}: must be {low} or more")
-    for name in shares:
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name} {getattr(config, name)}: must be a share between 0 and 1")
-
-
-def check_frame(config):
-    """Raises InputError for flags that every script has and that cannot be meant."""
-    choices = {"chat_template": ("auto", "off"), "lr_scheduler_type": ("constant", "linear", "cosine"),
-               "report_to": ("none", "wandb")}
-    lowest = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_bad_steps": 1,
-              "logging_steps": 1, "n_eval": 1, "max_completion_length": 1, "ddp_timeout": 1, "micro_batch_tokens": 0,
-              "learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,
-              "eval_steps": 0, "n_train": 0, "seed": 0}
-    check_values(config, choices, lowest)
-    if "{prompt}" not in config.prompt_template:
-        raise InputError(f"--prompt_template {config.prompt_template}: must contain {{prompt}}")
-
-
-def note_step(run, state, taken, rows, config, world):
-    """Counts the step; one not taken is written down with its rows. RunError after --max_bad_steps in a row."""
-    state.update(step=state["step"] + 1, bad_steps=0 if taken else state["bad_steps"] + 1)
-    if taken:
-        return
-    if world.rank == 0:
-        append_line(run / "bad_steps.jsonl", {"step": state["step"], "rows": rows})
-        print(f"step {state['step']}: loss or gradient not finite; no weight was changed; its rows are in "
-              f"{run / 'bad_steps.jsonl'}", file=sys.stderr)
-    if state["bad_steps"] >= config.max_bad_steps:
-        raise RunError(f"{state['bad_steps']} steps in a row had a loss or gradient that is not finite "
-                       "(--max_bad_steps); the weights are those of the last good step")
-
-
-def load_eval_problems(config):
-    """The problems of --eval_steps; none where it is 0 or where the training data is not a named problem set."""
-    name = config.eval_dataset_name or ("" if Path(config.dataset_name).exists() else config.dataset_name)
-    if config.eval_steps and not name:
-        say("no evaluation while training: --eval_dataset_name names the problems for it")
-    if not config.eval_steps or not name:
-        return []
-    try:
-        return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
-                             domains=config.domains, prompt_column=config.prompt_column,
-                             answer_column=config.answer_column, prompt_template=config.prompt_template)
-    except InputError as error:  # eval.py knows these flags by other names
-        fault = str(error).replace("--split", "--dataset_test_split")
-        if config.eval_dataset_name:
-            fault = fault.replace("--dataset_name", "--eval_dataset_name")
-        raise InputError(fault) from error
-
-
-def evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world):
-    """Greedy accuracy on `problems` by eval.py's own path: numbers to log.
-
-    One completion is printed, a few go to samples.jsonl; /low and /high end the accuracy's 95 % interval over problems.
-    """
-    refresh(decoder, policy)
-    numbers = {}
-    if world.rank == 0:
-        result = evaluate(decoder, tokenizer, problems, temperature=0.0, max_new_tokens=config.max_completion_length,
-                          progress=sys.stderr.isatty())
-        numbers = {f"eval/{name}": result[name] for name in ("accuracy", "accuracy/low", "accuracy/high", "parse_fail",
-                                                             "truncated", "mean_length")}
-        if len(result["by_level"]) > 1:
-            numbers |= {f"eval/accuracy/level_{level}": part["accuracy"] for level, part in result["by_level"].items()}
-        for record in result["records"][:4]:
-            append_line(run / "samples.jsonl", {"step": step, **record})
-        show_completion(**result["records"][0])
-    barrier()
-    return numbers
-
-
-def show_completion(prompt, completion, correct, **_):
-    """Prints a prompt (of a chat its last message), what the policy wrote, and the verdict, in one line."""
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    print(f"        {prompt[-60:]!r} -> {completion[-120:]!r}: {'right' if correct else 'wrong'}", flush=True)
-
-
-def fill_learning_rate(config, model, small, large):
-    """Settles --learning_rate 0: `small` for a model under 10 M parameters, else `large`."""
-    config.learning_rate = config.learning_rate or (small if model.num_parameters() < 10_000_000 else large)
-
-
-def read_config(Config):
-    """The command line as a Config; InputError for what is no flag or has an unusable value."""
-    config, words = parse_flags(Config, "%(prog)s --flag value ...", sys.modules["__main__"].__doc__)
-    if words:
-        raise InputError(f"{words[0]}: is no flag (--help lists them)")
-    return config
-
-
-def launch(main, Config):
-    """Runs a script. Exit codes: 2 for wrong input, 1 for a run that cannot go on, 128 + signal where stopped."""
-    code = 0
-    try:
-        main(read_config(Config))
-    except (InputError, RunError, OSError, SafetensorError) as error:
-        code = 2 if isinstance(error, InputError) else 1
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    except KeyboardInterrupt:  # before the first step: there is nothing to save
-        code = 130
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    if code == 0 and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
 
 
 # --- samplers ---
@@ -2136,6 +1510,264 @@ def write_samples(run, step, group, problems, world):
         for row in group.rows[:2]:
             append_line(run / "samples.jsonl", {"step": step + 1, "prompt": problem.prompt, "completion": row.text,
                                                 "answer": problem.answer, "reward": row.reward})
+
+
+# --- frame: the same text in all five scripts ---
+
+
+class World(NamedTuple):
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def start(config):
+    """Joins the processes that torchrun started, or stands alone: World. Only the first process prints to stdout."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return World(0, 1, device)
+    dist.init_process_group(timeout=timedelta(seconds=config.ddp_timeout))  # NCCL on GPUs, gloo on CPUs
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def total(values, world):
+    """Numbers or scalar tensors, each summed over all processes: list of float. All wait for each other here."""
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def on_rank_0(function, world):
+    """What function() returns on the first process, or the error that it raises there, on all of them."""
+    found, error = None, None
+    if world.rank == 0:
+        try:
+            found = function()
+        except (InputError, OSError, SafetensorError) as raised:
+            error = raised if isinstance(raised, InputError) else OSError(str(raised))
+    if world.size > 1:
+        dist.broadcast_object_list(outcome := [found, error])
+        found, error = outcome
+    if error:
+        raise error
+    return found
+
+
+def shard(policy, config, world):
+    """The policy on its device. Of several processes each holds a part of every weight (FSDP2).
+
+    A process gathers a layer just while it needs it; where float32 weights take at most a quarter of its memory, it
+    keeps them from the forward to the backward, and its gradients from one micro-batch to the next.
+    """
+    policy = policy.to(world.device)
+    if config.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if world.size > 1:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.size
+        if world.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(world.device).total_memory
+        policy.fits = 4 * sum(weight.numel() for weight in policy.parameters()) <= memory / 4
+        for module in [*getattr(policy.model.base_model, "layers", ()), policy]:
+            fully_shard(module, reshard_after_forward=not policy.fits)
+    return policy
+
+
+def parameters_of(policy):
+    """The policy's parameters by name; of several processes each has its part of them."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without a backward the weights are still gathered
+    return dict(policy.named_parameters())
+
+
+def whole(tensor):
+    """A tensor put together from the parts of all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_decoder(model, config, world):
+    """A copy of the model to sample from, in bfloat16 where training computes in it; `refresh` brings it up to date."""
+    decoder = copy.deepcopy(model).requires_grad_(False).eval().to(world.device)
+    for weight in decoder.parameters():  # not the buffers: rotary frequencies stay float32, as from_pretrained has them
+        weight.data = weight.data.to(torch.bfloat16 if config.bf16 else torch.float32)
+    return decoder
+
+
+@torch.no_grad()
+def refresh(decoder, policy):
+    """Copies the policy's weights and buffers into the decoder. RunError where one is not finite, on all processes."""
+    parameters_of(policy)
+    sources = [*policy.model.parameters(), *policy.model.buffers()]
+    for target, source in zip([*decoder.parameters(), *decoder.buffers()], sources, strict=True):
+        target.copy_(whole(source))
+    check_finite(decoder.parameters())
+
+
+def check_finite(weights):
+    """Raises RunError where a weight is not finite: such a policy is neither sampled from nor saved."""
+    if not sum(weight.float().sum() for weight in weights).isfinite():  # finite only if every term is
+        raise RunError("a weight of the policy is not finite; checkpoints are older than that")
+
+
+def make_optimizer(policy, config):
+    """AdamW; decay on matrices only. Its learning rate is set at each step."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=config.learning_rate,
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(step, config):
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to the peak, then constant or down towards 0.
+
+    --warmup_steps below 1 is a share of all steps, as transformers reads it. The first step already moves
+    (transformers' own schedules spend it at rate 0).
+    """
+    share = config.warmup_steps < 1
+    rising = math.ceil(config.warmup_steps * config.max_steps) if share else int(config.warmup_steps)
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    done = (step - rising) / max(1, config.max_steps - rising)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * decay[config.lr_scheduler_type]
+
+
+def train_step(policy, optimizer, batches, loss_of, step, config, world):
+    """One optimizer step from this process's micro-batches: (what loss_of counted, whether the step was taken).
+
+    loss_of(policy, batch) returns a loss already divided by what the whole step holds over all processes, and a dict
+    of numbers; both are added up over micro-batches and processes. Where the loss or the gradient's norm is not
+    finite, nothing moves: neither the weights nor the optimizer.
+    """
+    torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+    sums = {"loss": 0.0}
+    for i, batch in enumerate(batches):
+        if world.size > 1:  # gradients travel once a step, where there is room to keep them whole until then
+            policy.set_requires_gradient_sync(i == len(batches) - 1 or not policy.fits)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            loss, numbers = loss_of(policy, batch)
+        (loss * world.size).backward()  # FSDP takes the mean over processes; the sum is meant
+        for name, value in {"loss": loss.detach(), **numbers}.items():
+            sums[name] = sums.get(name, 0.0) + value  # on the device: no wait
+
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm or math.inf))
+    *values, norm = total([*sums.values(), norm / world.size], world)
+    rate = learning_rate(step, config)
+    numbers = {**dict(zip(sums, values)), "grad_norm": norm, "learning_rate": rate}
+    taken = math.isfinite(numbers["loss"]) and math.isfinite(norm)
+    if taken:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers, taken
+
+
+def save_model(folder, policy, tokenizer, world):
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    parameters_of(policy)
+    weights, seen, checks = {}, set(), []
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # a head that is the embedding
+            continue
+        seen.add(id(tensor))
+        tensor = whole(tensor.detach())
+        checks.append(tensor.float().sum())
+        if world.rank == 0:
+            weights[name] = tensor.cpu()
+    check_finite(checks)
+
+    def write():
+        policy.model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+    on_rank_0(write, world)
+
+
+def moments(policy, optimizer):
+    """AdamW's state by parameter name, sharing its memory; zeros before the first step."""
+    tensors = {}
+    for name, weight in parameters_of(policy).items():
+        if weight.requires_grad:
+            state = optimizer.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), device=weight.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            tensors.update({f"{name}.{key}": value.detach() for key, value in state.items()})
+    return tensors
+
+
+def save_checkpoint(run, state, policy, tokenizer, tensors, world):
+    """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two whole ones.
+
+    The folder is a model, with `tensors` (those of `moments`, and what else must come back) in optimizer/ and `state`,
+    a dict for JSON, in state.json. All of it is written under another name, synced to the disk and renamed. RunError
+    where the disk does not take it.
+    """
+    final, aside = run / "checkpoints" / f"step_{state['step']}", run / "checkpoints" / "unfinished"
+
+    def finish():
+        write_json(aside / "state.json", {**state, "sizes": file_sizes(aside)})
+        for path in [*aside.rglob("*"), aside]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        os.rename(aside, final)
+        kept = [path for path in checkpoints_of(run) if int(path.name[5:]) <= state["step"] and is_whole(path)][:2]
+        for path in checkpoints_of(run):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    try:
+        on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True), world)  # left by a kill
+        save_model(aside, policy, tokenizer, world)
+        writer = HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        on_rank_0(finish, world)
+    except (OSError, dcp.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
+        raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
+                       "kept, and the same command continues from them") from error
+
+
+def load_checkpoint(checkpoint, tensors, world):
+    """Brings `tensors` back in place (the weights came with load_model): the state as it was saved."""
+    reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
+    dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["sizes"]
+    return state
+
+
+def leave(run, state, stop):
+    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
+    print(f"{run}: stopped and saved after step {state['step']}; the same command continues from there", flush=True)
+    sys.exit(128 + (stop or [signal.SIGTERM])[0])  # another process may have caught it
+
+
+def finish_run(run, policy, tokenizer, world):
+    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
+    aside = run / "export.tmp"
+    save_model(aside, policy, tokenizer, world)
+
+    def finish():
+        for path in aside.iterdir():
+            os.replace(path, run / path.name)
+        aside.rmdir()
+        plot_runs([run], run / "curves.png")
+        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+        print(f"{run}: the model, args.json, metrics.jsonl, curves.png", flush=True)
+
+    on_rank_0(finish, world)
 
 
 if __name__ == "__main__":
