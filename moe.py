@@ -901,9 +901,9 @@ def main(config):
     world = start(config)
 
     # what was asked for, and the checkpoint to go on from
-    n_tokens, n_held_out = config.n_train * config.max_length, config.n_eval * config.max_length
-    texts = [documents(name, "train", n_tokens, config) for name in names]
-    held_texts = [documents(name, "validation", n_held_out, config) for name in names if config.eval_steps]
+    held_names = names if config.eval_steps else ()
+    texts = [documents(name, "train", config.n_train * config.max_length, config) for name in names]
+    held_texts = [documents(name, "validation", config.n_eval * config.max_length, config) for name in held_names]
     args, resume = on_rank_0(lambda: open_run(config, [texts, held_texts], world), world)
     if args["finished"]:
         return
@@ -913,8 +913,7 @@ def main(config):
 
     # each domain's text in rows of tokens, which take its place in memory, and which row is read when
     streams = [make_stream(name, texts.pop(0), config.n_train, tokenizer, config) for name in names]
-    held_out = [make_stream(name, held_texts.pop(0), config.n_eval, tokenizer, config)
-                for name in names if config.eval_steps]
+    held_out = [make_stream(name, held_texts.pop(0), config.n_eval, tokenizer, config) for name in held_names]
     n_rows, sizes = args["rows_per_step"], [len(stream) for stream in streams]
     weights = np.array(given) / sum(given) if all(given) else mixture_weights(
         sizes, config.mixture, config.max_steps * n_rows, config.unimax_epochs)
