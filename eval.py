@@ -69,6 +69,7 @@ from transformers.hf_argparser import string_to_bool
 
 transformers.logging.disable_progress_bar()  # one for every save and load would bury the lines of a run
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process saves its checkpoints alone
+warnings.filterwarnings("ignore", "FSDP2-wrapped module returned a view")  # which no one writes to
 
 # --- problems ---
 
