@@ -717,6 +717,13 @@ def test_the_optimizer_begins_anew_after_the_cold_start(tiny_model, tmp_path):
     assert {float(count) for name, count in kept.items() if name.endswith(".step")} == {3.0}
 
 
+def test_each_phase_has_a_learning_rate_schedule_of_its_own(tiny_model, tmp_path):
+    dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
+                                 error_rate=0.5, sft_fraction=0.5, lr_scheduler_type="linear", learning_rate=1e-4,
+                                 sft_learning_rate=1e-3)))
+    assert [line["learning_rate"] for line in metrics(tmp_path / "run")] == [1e-3, 5e-4, 1e-4, 5e-5]
+
+
 def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "verify", lambda text, answer: False)
     with pytest.raises(dpo.RunError, match="^step 1: of 6 prompts none gave a pair: no right one and a wrong one"):
