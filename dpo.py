@@ -27,7 +27,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -46,10 +45,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from eval import (InputError, Log, ProblemFlags, RunError, RunFlags, chat_text, checkpoints_of, encode_prompt,
-                  end_of_turn, eval_numbers, file_sizes, fill_template, flag, generate, is_whole, launch,
-                  load_eval_problems, load_model, load_problems, open_run, plot_runs, read_rows, softcap, stop_signals,
-                  verify, write_json)
+from eval import (InputError, Log, ProblemFlags, RunError, RunFlags, chat_text, encode_prompt, end_of_turn,
+                  eval_numbers, fill_template, flag, generate, keep_checkpoint, launch, leave, load_eval_problems,
+                  load_model, load_problems, open_run, publish, read_rows, softcap, stop_signals, verify)
 from kernels import linear_logps
 
 # --- config ---
