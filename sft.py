@@ -657,8 +657,10 @@ def show_example(example, tokenizer):
 
 def check_config(config):
     """Raises InputError for flags of this script that cannot be meant together."""
-    if not config.entropy_keep or not all(config.thought_budgets):
-        raise InputError("--entropy_keep, --thought_budgets: a share must be above 0")
+    if not config.entropy_keep:
+        raise InputError("--entropy_keep 0.0: must be above 0")
+    if not all(config.thought_budgets):
+        raise InputError("--thought_budgets 0.0: must be above 0")
     if config.replay_share == 1 or bool(config.replay_share) != bool(config.replay_from):
         raise InputError(f"--replay_share {config.replay_share}: must be below 1, and above 0 just with --replay_from")
     if not config.step_separator:
