@@ -59,9 +59,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from eval import (InputError, Log, Problem, ProblemFlags, Rollouts, RunError, RunFlags, answer_key, chat_text,
-                  checkpoints_of, encode_prompt, end_of_turn, eval_numbers, extract_answer, file_sizes, fill_template,
-                  flag, generate, is_whole, launch, load_eval_problems, load_model, load_problems, load_tokenizer,
-                  open_run, plot_runs, read_rows, softcap, stop_ids, stop_signals, verify, write_json)
+                  encode_prompt, end_of_turn, eval_numbers, extract_answer, fill_template, flag, generate,
+                  keep_checkpoint, launch, leave, load_eval_problems, load_model, load_problems, load_tokenizer,
+                  open_run, publish, read_rows, softcap, stop_ids, stop_signals, verify)
 from kernels import linear_kl, linear_logps, linear_topk, topk_kl
 
 # --- config ---
