@@ -1442,7 +1442,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
@@ -1479,30 +1479,15 @@ def save_checkpoint(run, state, policy, tokenizer, tensors, world):
     """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two whole ones.
 
     The folder is a model, with `tensors` (those of `moments`, and what else must come back) in optimizer/ and `state`,
-    a dict for JSON, in state.json. All of it is written under another name, synced to the disk and renamed. RunError
-    where the disk does not take it.
+    a dict for JSON, in state.json. Raises RunError where the disk does not take it.
     """
-    final, aside = run / "checkpoints" / f"step_{state['step']}", run / "checkpoints" / "unfinished"
-
-    def finish():
-        write_json(aside / "state.json", {**state, "sizes": file_sizes(aside)})
-        for path in [*aside.rglob("*"), aside]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        os.rename(aside, final)
-        kept = [path for path in checkpoints_of(run) if int(path.name[5:]) <= state["step"] and is_whole(path)][:2]
-        for path in checkpoints_of(run):
-            if path not in kept:
-                shutil.rmtree(path)
-
+    aside = run / "checkpoints" / "unfinished"
     try:
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True), world)  # left by a kill
         save_model(aside, policy, tokenizer, world)
         writer = HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
-        on_rank_0(finish, world)
+        on_rank_0(lambda: keep_checkpoint(aside, state), world)
     except (OSError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
         raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
@@ -1518,26 +1503,10 @@ def load_checkpoint(checkpoint, tensors, world):
     return state
 
 
-def leave(run, state, stop):
-    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
-    print(f"{run}: stopped and saved after step {state['step']}; the same command continues from there", flush=True)
-    sys.exit(128 + (stop or [signal.SIGTERM])[0])  # another process may have caught it
-
-
 def finish_run(run, policy, tokenizer, world):
-    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
-    aside = run / "export.tmp"
-    save_model(aside, policy, tokenizer, world)
-
-    def finish():
-        for path in aside.iterdir():
-            os.replace(path, run / path.name)
-        aside.rmdir()
-        plot_runs([run], run / "curves.png")
-        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png", flush=True)
-
-    on_rank_0(finish, world)
+    """Leaves the trained model in the run's folder, with curves.png; the run is finished."""
+    save_model(run / "export.tmp", policy, tokenizer, world)
+    on_rank_0(lambda: publish(run), world)
 
 
 if __name__ == "__main__":

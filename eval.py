@@ -1402,6 +1402,12 @@ def stop_signals():
     return caught
 
 
+def leave(run, state, stop):
+    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
+    print(f"{run}: stopped and saved after step {state['step']}; the same command continues from there", flush=True)
+    sys.exit(128 + (stop or [signal.SIGTERM])[0])  # another process may have caught it
+
+
 def write_json(path, value):
     """Writes a JSON file so that a reader finds the old one or the new one, never a half."""
     aside = path.with_name(path.name + ".tmp")
@@ -1495,6 +1501,35 @@ def newest_checkpoint(run):
     if checkpoints_of(run):
         raise InputError(f"--output_dir {run}: none of its checkpoints is whole; --overwrite starts over")
     return None
+
+
+def keep_checkpoint(aside, state):
+    """Makes the folder `aside` the checkpoint of state["step"], whole or not at all, and keeps the newest two whole ones.
+
+    The files are synced to the disk before the folder gets its name, so that a power cut finds none that is half there.
+    """
+    final, run = aside.with_name(f"step_{state['step']}"), aside.parents[1]
+    write_json(aside / "state.json", {**state, "sizes": file_sizes(aside)})
+    for path in [*aside.rglob("*"), aside]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one
+    os.rename(aside, final)
+    kept = [path for path in checkpoints_of(run) if int(path.name[5:]) <= state["step"] and is_whole(path)][:2]
+    for path in checkpoints_of(run):
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def publish(run):
+    """Moves the model in run/export.tmp to the run's folder and draws curves.png; the run is finished."""
+    for path in (run / "export.tmp").iterdir():
+        os.replace(path, run / path.name)
+    (run / "export.tmp").rmdir()
+    plot_runs([run], run / "curves.png")
+    write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
+    print(f"{run}: the model, args.json, metrics.jsonl, curves.png", flush=True)
 
 
 class Log:

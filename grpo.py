@@ -14,7 +14,7 @@ prefilled once for its group, finished rows leave the batch, rows are sorted by 
 of the step, groups whose completions all scored alike are not computed at all (their gradient is exactly zero) yet
 stay in the denominator, and the reference of --beta is checked, on resume, to be the model that the run began with.
 
-Curricula are classes under "samplers", hints and subgoals functions under "scaffolds"; what depends on the step alone
+Curricula are classes, hints and subgoals functions, under headings of their own; what depends on the step alone
 (budgets, stages, annealing) is in `pace_of`. README.md lists every method with its flag.
 
 Dimensions: P prompts · G completions per prompt · R = P G rows of a step · B rows of one forward · T tokens ·
@@ -23,24 +23,19 @@ S = T - 1 predicting positions · N trained tokens · D model width · V vocabul
     python sft.py && python grpo.py                   # the embedded task: four minutes of one core
     python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --output_dir runs/g \
         --dataset_test_split test --max_completion_length 512 --per_device_train_batch_size 128  # one GPU
-    torchrun --nproc-per-node 8 grpo.py --fsdp ...                                        # several GPUs
+    torchrun --nproc-per-node 8 grpo.py ...                                               # several GPUs
 """
 
-import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -49,17 +44,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from eval import (InputError, Rollouts, chat_text, encode_prompt, end_of_turn, evaluate, extract_answer, fill_template,
-                  flag, generate, load_model, load_problems, parse_flags, plot_runs, softcap, verify)
+from eval import (InputError, Log, ProblemFlags, Rollouts, RunError, RunFlags, chat_text, encode_prompt, end_of_turn,
+                  eval_numbers, extract_answer, fill_template, flag, generate, keep_checkpoint, launch, leave,
+                  load_eval_problems, load_model, load_problems, open_run, publish, softcap, stop_signals, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -67,21 +60,21 @@ from kernels import linear_logps
 
 @dataclass
 class Config(ProblemFlags, RunFlags):
-    SECTIONS = {"model_name_or_path": "model and data", "output_dir": "the run's folder", "num_generations": "sampling",
-                "sampler": "curriculum: which prompts", "scaffold": "hints for prompts never answered right",
-                "reward_funcs": "reward", "loss_type": "loss", "teacher_model_name_or_path": "teachers",
-                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
+    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder",
+                "num_generations": "sampling", "sampler": "curriculum: which prompts",
+                "scaffold": "hints for prompts never answered right", "reward_funcs": "reward", "loss_type": "loss",
+                "teacher_model_name_or_path": "teachers", "per_device_train_batch_size": "optimizer and memory",
+                "logging_steps": "logs, evaluation, checkpoints"}
 
-    model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
     output_dir: str = flag("runs/grpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/",
                            free=True)
     num_generations: int = flag(8, "completions per prompt: G", low=2)
     max_prompt_length: int = flag(512, "tokens; a longer prompt is an error, with help in it it is left out", low=1)
-    temperature: float = flag(1.0, "of sampling; it divides the logits of the loss too")
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1)
+    temperature: float = flag(1.0, "of sampling, above 0; it divides the logits of the loss too", low=0)
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1, free=True)
     stages: list[str] = flag([], "limit x G of equal parts of the run, such as 32x16 64x8 128x4; none: one stage")
     sampler: str = flag("uniform", "uniform, horizon, sec, dump, domain_aware, adcl, knapsack, dynamic, or yoked:RUN")
-    arm: str = flag("level", "what the samplers choose among: level, domain, steps (of the solution), or level,domain",
+    arm: str = flag("level", "what the samplers choose among, steps being those of the solution",
                     choices=("level", "domain", "steps", "level,domain"))
     sampler_rate: float = flag(0.5, "sec, domain_aware: weight of the newest step in the running mean", low=0, high=1)
     sampler_temperature: float = flag(0.0, "of the choice among arms; 0: sec 0.4, dump 0.1, domain_aware 0.3", low=0)
@@ -91,7 +84,7 @@ class Config(ProblemFlags, RunFlags):
     horizon_review: float = flag(0.2, "horizon: share of prompts from the arms before the current one", low=0, high=1)
     adcl_chunks: int = flag(8, "adcl: parts of the data from easy to hard, each measured anew before its turn", low=1)
     adcl_samples: int = flag(4, "adcl: completions that measure a problem's difficulty", low=1)
-    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest completions of any prompt, most of a mixed one")
+    knapsack_range: list[int] = flag([2, 64], "knapsack: fewest completions of any prompt, most of a mixed one", low=2)
     knapsack_reweight: bool = flag(True, "knapsack: a prompt weighs as many completions as it got; off: all weigh G")
     max_rounds: int = flag(10, "dynamic: sample at most so many times for one step", low=1)
     scaffold: str = flag("none", "for prompts never answered right: none, hints, egsr, subgoals, negatives (a control)",
@@ -102,14 +95,15 @@ class Config(ProblemFlags, RunFlags):
     hint_logps: str = flag("auto", "train the helped completion under the prompt: hinted, plain; auto: plain for egsr",
                            choices=("auto", "hinted", "plain"))
     subgoal_form: str = flag("given", "subgoals: alone, or given the steps before it", choices=("alone", "given"))
-    reward_funcs: list[str] = flag(["accuracy"], "any of accuracy, format, length, budget, format_length")
+    reward_funcs: list[str] = flag(["accuracy"], "one or more, added up", choices=lambda: REWARDS)
     reward_weights: list[float] = flag([], "one weight per reward function; none: 1 each")
     shape_silent_groups: bool = flag(False, "let other rewards than accuracy move groups without a right completion")
-    length_budget: list[int] = flag([], "budget: tokens asked for at the start and at the end; none: limit and a third")
+    length_budget: list[int] = flag([], "budget: tokens asked for at the start and at the end; none: limit and a third",
+                                    low=1)
     budget_drops: int = flag(3, "budget: equally spaced cuts on the way from the first to the last; 0: the last always",
                              low=0)
     budget_gate: bool = flag(True, "budget: paid for right completions only (the paper pays wrong ones too)")
-    loss_type: str = flag("dapo", "grpo, dr_grpo, dapo, gspo or cispo", choices=tuple(clips))
+    loss_type: str = flag("dapo", "what the update maximises", choices=lambda: CLIPS)
     epsilon: float = flag(0.0, "ratios clip below 1 - this; 0: as the loss's paper (0.2; gspo 3e-4; cispo: none)",
                           low=0)
     epsilon_high: float = flag(0.0, "ratios clip above 1 + this; 0: as the loss's paper (0.2; dapo .28; gspo 4e-4)",
@@ -138,32 +132,21 @@ class Config(ProblemFlags, RunFlags):
                         choices=("all", "wrong", "stuck"))
     hpt_gate: float = flag(-1.0, "prompts answered right at most this share learn from their solution; below 0: off")
     sft_coef: float = flag(1.0, "hpt: weight of a solution's log-likelihood", low=0)
-    num_iterations: int = flag(1, "optimizer steps on each step's rollouts", low=1)
+    num_iterations: int = flag(1, "optimizer steps on each step's rollouts; checkpoints are only taken after the last",
+                               low=1)
     mask_truncated_completions: bool = flag(False, "do not train on completions that the limit cut off")
     soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing",
                                      low=0)
     per_device_train_batch_size: int = flag(256, "completions per process; at most so many in one forward",
                                             low=1, free=True)
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 5e-5 under 10 M parameters, 1e-6 (TRL's) above", low=0)
+
+
+CLIPS = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4),
+         "cispo": (1.0, 1.0)}  # epsilon and epsilon_high of each loss's paper; cispo: none
 
 
 # --- loss ---
-
-
-def group_advantages(rewards_PG, scale):
-    """How far each completion scored above its group's mean, divided by a standard deviation: [P, G].
-
-    scale: `group` (GRPO; unbiased std as in TRL and verl), `none` (Dr. GRPO). Groups that scored alike get exactly 0,
-    whatever float noise their mean has.
-    Source: DeepSeekMath 2402.03300 section 4.1.2; Dr. GRPO 2503.20783 section 3.
-    """
-    centered_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    centered_PG = centered_PG.masked_fill(silent_groups(rewards_PG)[:, None], 0.0)
-    return centered_PG if scale == "none" else centered_PG / (rewards_PG.std(1, keepdim=True) + 1e-4)
-
-
-def silent_groups(rewards_PG):
-    """Which groups carry no signal because all their rewards are equal (but for float noise): bool [P]."""
-    return rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6
 
 
 def clipped_gain(logps_BS, old_logps_BS, advantages_B, epsilon, epsilon_high):
@@ -192,6 +175,19 @@ def cispo_gain(logps_BS, old_logps_BS, advantages_B, max_weight):
     return weight_BS * advantages_B[:, None] * logps_BS
 
 
+def policy_gain(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
+    """What --loss_type maximises, and whether the clip took the gradient (cispo: cut it), per token: two [B, S]."""
+    if config.loss_type == "cispo":
+        cut_BS = (logps_BS - old_logps_BS).exp() > config.cispo_max_weight
+        return cispo_gain(logps_BS, old_logps_BS, advantages_B, config.cispo_max_weight), cut_BS
+    if config.loss_type == "gspo":
+        logps_BS = sequence_logps(logps_BS, old_logps_BS, mask_BS)
+    ratio_BS, advantages_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None]
+    cut_BS = torch.where(advantages_B1 > 0, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
+    gain_BS = clipped_gain(logps_BS, old_logps_BS, advantages_B, config.epsilon, config.epsilon_high)
+    return gain_BS, cut_BS & (advantages_B1 != 0)
+
+
 def row_weights(loss_type, lengths_R, max_completion_length):
     """What one token of each row weighs, so that a sum over all tokens of the step is the loss: [R].
 
@@ -204,19 +200,6 @@ def row_weights(loss_type, lengths_R, max_completion_length):
         return 1 / (lengths_R.clamp(min=1) * len(lengths_R))
     divisor = len(lengths_R) * max_completion_length if loss_type == "dr_grpo" else max(1, int(lengths_R.sum()))
     return torch.full_like(lengths_R, 1 / divisor, dtype=torch.float32)
-
-
-def policy_gain(logps_BS, old_logps_BS, advantages_B, mask_BS, config):
-    """What --loss_type maximises, and whether the clip took the gradient (cispo: cut it), per token: two [B, S]."""
-    if config.loss_type == "cispo":
-        cut_BS = (logps_BS - old_logps_BS).exp() > config.cispo_max_weight
-        return cispo_gain(logps_BS, old_logps_BS, advantages_B, config.cispo_max_weight), cut_BS
-    if config.loss_type == "gspo":
-        logps_BS = sequence_logps(logps_BS, old_logps_BS, mask_BS)
-    ratio_BS, advantages_B1 = (logps_BS - old_logps_BS).exp(), advantages_B[:, None]
-    cut_BS = torch.where(advantages_B1 > 0, ratio_BS > 1 + config.epsilon_high, ratio_BS < 1 - config.epsilon)
-    gain_BS = clipped_gain(logps_BS, old_logps_BS, advantages_B, config.epsilon, config.epsilon_high)
-    return gain_BS, cut_BS & (advantages_B1 != 0)
 
 
 def kl_k3(logps_BS, reference_logps_BS):
@@ -253,7 +236,125 @@ def teacher_penalty(logps_BS, teacher_logps_BS, direction):
     return log_ratio_BS.expm1() - log_ratio_BS
 
 
-# --- data ---
+def group_advantages(rewards_PG, scale):
+    """How far each completion scored above its group's mean, divided by a standard deviation: [P, G].
+
+    scale: `group` (GRPO; unbiased std as in TRL and verl), `none` (Dr. GRPO). Groups that scored alike get exactly 0,
+    whatever float noise their mean has.
+    Source: DeepSeekMath 2402.03300 section 4.1.2; Dr. GRPO 2503.20783 section 3.
+    """
+    centered_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    centered_PG = centered_PG.masked_fill(silent_groups(rewards_PG)[:, None], 0.0)
+    return centered_PG if scale == "none" else centered_PG / (rewards_PG.std(1, keepdim=True) + 1e-4)
+
+
+def silent_groups(rewards_PG):
+    """Which groups carry no signal because all their rewards are equal (but for float noise): bool [P]."""
+    return rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6
+
+
+def baseline_factor(G, config):
+    """From a distance to the mean of a group of G to one to the mean of the others (RLOO 2402.14740 section 2.3)."""
+    return G / max(1, G - 1) if config.baseline == "leave_one_out" else 1.0
+
+
+def credit(groups, pace, n_rows, config):
+    """Gives every row its advantage and the weight of its tokens in the loss, in place.
+
+    Where `accuracy` is a reward, a group without a right completion has advantage 0 whatever its other scores
+    (--shape_silent_groups lets them act): divided by their tiny std they would drive the step. A step of fewer than
+    n_rows rows has the weights it would have in a full one, so that no filter changes the size of the step.
+    """
+    rows = rows_of(groups)
+    if not rows:  # dynamic sampling has found no mixed group
+        return
+    gated = "accuracy" in config.reward_funcs and not config.shape_silent_groups
+    scale, batch_std = config.scale_rewards, 1.0
+    if scale == "batch":
+        scale, batch_std = "none", torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
+    for group in groups:
+        G, rewards_1G = len(group.rows), torch.tensor([[float(row.reward) for row in group.rows]])
+        factor = baseline_factor(G, config) / batch_std
+        for row, advantage in zip(group.rows, group_advantages(rewards_1G, scale)[0].tolist()):
+            row.advantage = 0.0 if gated and group.success() == 0 else advantage * factor
+    cut = config.mask_truncated_completions
+    lengths_R = torch.tensor([0 if cut and not row.finished else len(row.tokens_T) for row in rows])
+    weights_R = row_weights(config.loss_type, lengths_R, pace.limit) * min(1.0, len(rows) / n_rows)
+    for row, weight, length in zip(rows, weights_R.tolist(), lengths_R.tolist()):
+        row.weight = weight if length and not row.muted else 0.0
+    if config.sampler == "knapsack" and not config.knapsack_reweight:
+        for group in groups:
+            for row in group.rows:
+                row.weight *= pace.generations / len(group.rows)
+
+
+class Update:
+    """What one rollout trains on: the rows that can move a weight; the same on every process.
+
+    A row without advantage is left out, unless a KL or entropy term gives it a gradient; what it weighs in the
+    denominators is in the weights of the others already.
+    """
+
+    def __init__(self, rows, config):
+        always = bool(config.entropy_coef or (config.beta and not config.kl_in_reward))
+        self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
+        self.config = config
+        self.taught = any("teacher" in row.values for row in self.rows)
+        self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
+
+    def spread(self, name, rows, batch):
+        """One of the rows' values, laid out like the batch: [B, S], 0 where nothing is trained."""
+        B, S = batch.mask_BS.shape
+        values_N = torch.cat([row.values[name] for row in rows] or [torch.zeros(0)]).to(batch.ids_BT.device)
+        return values_N.new_zeros(B * S).index_copy(0, batch.where_N, values_N).view(B, S)
+
+    def old_logps(self, logps_BS, rows, batch):
+        """The log-probs at the time of sampling, no gradient: those of the first pass over these rows, which are kept.
+
+        A row is in the forwards of the same process at every pass.
+        """
+        if self.config.num_iterations == 1:
+            return logps_BS.detach()
+        if not all("old" in row.values for row in rows):
+            hand_out(logps_BS.detach().flatten()[batch.where_N], rows, "old")
+        return self.spread("old", rows, batch)
+
+    def loss_of(self, policy, batch):
+        """The batch's share of the step's loss, and of the numbers logged."""
+        config, rows = self.config, [self.rows[i] for i in batch.rows]
+        logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
+        numbers_BC = torch.tensor([row.numbers() for row in rows] or [[0.0] * 4]).to(logps_BS)
+        advantages_B, weights_B, kd_B, demo_B = numbers_BC.unbind(1)
+
+        # the clipped surrogate; a solution to imitate was never sampled, so its ratio is 1 at every pass
+        old_logps_BS = self.old_logps(logps_BS, rows, batch)
+        old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
+        gain_BS, cut_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
+        sampled_BS = self.spread("sampled", rows, batch)
+        numbers = {"entropy": entropy_BS.detach().sum(),
+                   "clip_ratio": (cut_BS & batch.mask_BS).sum(),
+                   "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
+
+        # plus entropy, minus the distances to the reference and to the teacher
+        own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
+        if config.entropy_coef:  # else entropy is only logged, and its gradient not even computed
+            bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
+            gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
+        if config.beta:
+            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
+            gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
+            numbers["kl"] = kl_BS.detach().sum()
+        if self.taught:
+            teacher_BS = self.spread("teacher", rows, batch)
+            gain_BS = gain_BS - kd_B[:, None] * teacher_penalty(logps_BS, teacher_BS, config.kd_direction)
+            numbers["kd/teacher_gap"] = ((logps_BS.detach() - teacher_BS) * batch.mask_BS).sum()
+
+        # the weights hold the denominators, so that micro-batches and processes just add up
+        loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
+        return loss, {name: value / self.n_tokens for name, value in numbers.items()}
+
+
+# --- curriculum ---
 
 
 class Pace(NamedTuple):
@@ -284,101 +385,6 @@ def pace_of(step, config):
     budget = first * (final / first) ** (int(done * (drops + 1)) / drops) if drops else final
     kd = {"constant": 1.0, "anneal": 1 - 0.8 * done, "switch": float(done < 0.5)}[config.kd_schedule]
     return Pace(step, limit, generations, budget, config.kd_coef * kd, done >= config.scaffold_exempt)
-
-
-class Example(NamedTuple):
-    """One sequence to train on."""
-
-    ids: list  # token ids
-    trained: list  # bool for each id: is it trained on?
-
-
-def load_train_problems(config, error_rate=0.0):
-    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
-    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
-                         levels=config.levels, domains=config.domains, error_rate=error_rate,
-                         prompt_column=config.prompt_column, answer_column=config.answer_column,
-                         prompt_template=config.prompt_template)
-
-
-def turn(tokenizer, prompt, text):
-    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
-    if tokenizer.chat_template:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = leading_space(tokenizer, prompt, text) + text
-    answer = tokenizer(text, add_special_tokens=False).input_ids
-    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
-
-
-def leading_space(tokenizer, messages, answer):
-    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
-    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
-    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    before = whole.rpartition(answer)[0] if answer else ""
-    between = before[len(prompt) :] if before.startswith(prompt) else ""
-    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
-
-
-def micro_batches(lengths, max_rows, max_tokens, world):
-    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
-
-    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
-    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    parts, start = [], 0
-    while start < len(order):
-        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
-        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
-        start += rows * world.size
-    return parts
-
-
-class Batch(NamedTuple):
-    """The tensors of one forward."""
-
-    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
-    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
-    where_N: torch.Tensor  # the true places of mask_BS, flattened
-    rows: list  # the index of each row in its step
-
-
-def collate(examples, rows, device):
-    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
-    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
-    width = max(len(example.ids) for example in chosen)
-    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
-    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
-    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
-    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
-
-
-# --- model ---
-
-
-class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, temperature=1.0, entropy=False):
-        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
-
-        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
-        """
-        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
-        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
-        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
-        weight_VD = self.model.get_output_embeddings().weight
-        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
-        B, S = batch.mask_BS.shape
-        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
-                     for x_N in found)
-
-
-# --- samplers ---
 
 
 class Uniform:
@@ -725,14 +731,14 @@ def warn_of_short_run(config, n_problems, n_rows):
     """Says where --max_steps are too few for the sampler to do what its name says."""
     rollouts = n_rows * math.ceil(config.max_steps / config.num_iterations)
     if config.sampler == "knapsack" and rollouts // config.num_generations <= n_problems:
-        say(f"--sampler knapsack: no problem comes twice in this run, so it samples as uniform does; a smaller "
-            f"--n_train than {n_problems} is meant")
+        print(f"--sampler knapsack: no problem comes twice in this run, so it samples as uniform does; a smaller "
+              f"--n_train than {n_problems} is meant", flush=True)
     if config.sampler == "adcl" and (measured := config.adcl_samples * n_problems) > rollouts:
-        say(f"--sampler adcl: measuring alone takes {measured} completions, training {rollouts}; a smaller --n_train "
-            f"than {n_problems} is meant")
+        print(f"--sampler adcl: measuring alone takes {measured} completions, training {rollouts}; a smaller --n_train "
+              f"than {n_problems} is meant", flush=True)
 
 
-# --- scaffolds ---
+# --- hints ---
 
 
 ANSWER_MARK = re.compile(r"\\boxed\s*\{|####|<answer>|#[^\n]*\s*\Z")  # a "# Step 1" before the end is a headline
@@ -853,7 +859,49 @@ def demonstrate(groups, problems, tokenizer, config):
     return {"hpt/share": len(failed) / len(groups)}
 
 
-# --- rollout ---
+# --- rollouts ---
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def check_problems(problems, tokenizer, config):
+    """InputError for a prompt over --max_prompt_length, or problems that lack what a scaffold or HPT needs."""
+    for i, problem in enumerate(problems):
+        if (length := len(encode_prompt(tokenizer, problem.prompt))) > config.max_prompt_length:
+            raise InputError(f"--max_prompt_length {config.max_prompt_length}: the prompt of problem {i + 1} of "
+                             f"--dataset_name {config.dataset_name} has {length} tokens")
+    if config.scaffold == "subgoals" and not any(problem.subgoals for problem in problems):
+        raise InputError(f"--scaffold subgoals: --dataset_name {config.dataset_name} has no subgoals (a column "
+                         "`subgoals` of [prompt, answer] pairs)")
+    if config.scaffold not in ("none", "subgoals") and not any(help_of(problem, config) for problem in problems):
+        raise InputError(f"--scaffold {config.scaffold}: --dataset_name {config.dataset_name} has neither hints (a "
+                         "column `hints`) nor worked solutions")
+    if config.hpt_gate >= 0 and not all(problem.solution for problem in problems):
+        raise InputError(f"--hpt_gate: a problem of --dataset_name {config.dataset_name} has no worked solution")
+
+
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = whole.rpartition(answer)[0] if answer else ""
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
 
 
 @dataclass(eq=False)
@@ -1064,78 +1112,6 @@ def arm_numbers(sampler, sampled):
     return numbers | {f"sampler/accuracy/{sampler.names[arm]}": value for arm, value in accuracy.items()}
 
 
-def credit(groups, pace, n_rows, config):
-    """Gives every row its advantage and the weight of its tokens in the loss, in place.
-
-    Where `accuracy` is a reward, a group without a right completion has advantage 0 whatever its other scores
-    (--shape_silent_groups lets them act): divided by their tiny std they would drive the step. A step of fewer than
-    n_rows rows has the weights it would have in a full one, so that no filter changes the size of the step.
-    """
-    rows = rows_of(groups)
-    if not rows:  # dynamic sampling has found no mixed group
-        return
-    gated = "accuracy" in config.reward_funcs and not config.shape_silent_groups
-    scale, batch_std = config.scale_rewards, 1.0
-    if scale == "batch":
-        scale, batch_std = "none", torch.tensor([float(row.reward) for row in rows]).std().item() + 1e-4
-    for group in groups:
-        G, rewards_1G = len(group.rows), torch.tensor([[float(row.reward) for row in group.rows]])
-        factor = baseline_factor(G, config) / batch_std
-        for row, advantage in zip(group.rows, group_advantages(rewards_1G, scale)[0].tolist()):
-            row.advantage = 0.0 if gated and group.success() == 0 else advantage * factor
-    cut = config.mask_truncated_completions
-    lengths_R = torch.tensor([0 if cut and not row.finished else len(row.tokens_T) for row in rows])
-    weights_R = row_weights(config.loss_type, lengths_R, pace.limit) * min(1.0, len(rows) / n_rows)
-    for row, weight, length in zip(rows, weights_R.tolist(), lengths_R.tolist()):
-        row.weight = weight if length and not row.muted else 0.0
-    if config.sampler == "knapsack" and not config.knapsack_reweight:
-        for group in groups:
-            for row in group.rows:
-                row.weight *= pace.generations / len(group.rows)
-
-
-def baseline_factor(G, config):
-    """From a distance to the mean of a group of G to one to the mean of the others (RLOO 2402.14740 section 2.3)."""
-    return G / max(1, G - 1) if config.baseline == "leave_one_out" else 1.0
-
-
-@torch.no_grad()
-def add_logps(model, rows, name, config, world):
-    """Sets values[name] of every row to the log-probs that `model` gives its tokens; the same on all processes."""
-    for row in rows:
-        row.values.pop(name, None)
-    for batch in batches_of(rows, config, world):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
-            logps_BS, _ = model(batch, config.temperature)
-        hand_out(logps_BS.flatten()[batch.where_N], [rows[i] for i in batch.rows], name)
-    exchange(rows, name, world)
-
-
-def batches_of(rows, config, world):
-    """This process's forwards for the rows, each its prompt and then its completion, which is what is trained."""
-    examples = [Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
-                for row in rows]
-    parts = micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
-                          config.micro_batch_tokens, world)
-    return [collate(examples, part, world.device) for part in parts]
-
-
-def hand_out(values_N, rows, name):
-    """Sets values[name] of every row, in place, from the values of all their tokens, one row after another."""
-    for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
-        row.values[name] = values_T
-
-
-def exchange(rows, name, world):
-    """Brings values[name], set on one process for each row, to all processes and to the CPU."""
-    if rows:
-        values_N = torch.cat([row.values[name] if name in row.values else
-                              torch.zeros(len(row.tokens_T), device=world.device) for row in rows])
-        if dist.is_initialized():
-            dist.all_reduce(values_N)
-        hand_out(values_N.cpu(), rows, name)
-
-
 def consult(groups, policy, reference, teacher, pace, config, world):
     """Adds to the rows what stays as it is while they are trained on: log-probs of others, KL in advantages, TEA."""
     rows = rows_of(groups)
@@ -1163,30 +1139,6 @@ def consult(groups, policy, reference, teacher, pace, config, world):
         weights_RT = tea_weights(torch.tensor([row.advantage for row in rows]), logps_RT, mask_RT)
         for row, weights_T in zip(rows, weights_RT):
             row.values["entropy_weight"] = weights_T[: len(row.tokens_T)].clone()
-
-
-def pack(rows):
-    """Rows as tensors that a checkpoint can hold: all that `Update` reads of them. `unpack` is the inverse."""
-    return {"numbers_RC": torch.tensor([row.numbers() for row in rows], dtype=torch.float64),
-            "prompts_N": torch.tensor([token for row in rows for token in row.prompt]),
-            "prompt_lengths_R": torch.tensor([len(row.prompt) for row in rows]),
-            "tokens_N": torch.cat([row.tokens_T for row in rows]),
-            "lengths_R": torch.tensor([len(row.tokens_T) for row in rows]),
-            **{f"values.{name}": torch.cat([row.values[name] for row in rows]) for name in rows[0].values}}
-
-
-def unpack(tensors):
-    """The rows of `pack`."""
-    lengths = tensors["lengths_R"].tolist()
-    prompts = tensors["prompts_N"].split(tensors["prompt_lengths_R"].tolist())
-    tokens = tensors["tokens_N"].split(lengths)
-    rows = [Row(prompt.tolist(), tokens_T, {}, True) for prompt, tokens_T in zip(prompts, tokens)]
-    for row, numbers in zip(rows, tensors["numbers_RC"].tolist()):
-        row.advantage, row.weight, row.kd_coef, row.demo = numbers
-    for name in tensors:
-        if name.startswith("values."):
-            hand_out(tensors[name], rows, name[7:])
-    return rows
 
 
 def describe(groups, config):
@@ -1221,155 +1173,91 @@ def warn_of_silence(numbers, update, step, warned, world):
     return warned
 
 
-class Update:
-    """What one optimizer step trains on: the rows that can move a weight; the same on every process.
+def write_samples(log, step, group, problems):
+    """The first two completions of a step go to samples.jsonl."""
+    problem = problems[group.problem]
+    for row in group.rows[:2]:
+        log.add("samples", {"step": step, "prompt": problem.prompt, "completion": row.text, "answer": problem.answer,
+                            "reward": row.reward})
 
-    A row without advantage is left out, unless a KL or entropy term gives it a gradient; what it weighs in the
-    denominators is in the weights of the others already.
+
+# --- model ---
+
+
+class Example(NamedTuple):
+    """One sequence to train on."""
+
+    ids: list  # token ids
+    trained: list  # bool for each id: is it trained on?
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
     """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
 
-    def __init__(self, rows, fresh, config):
-        always = bool(config.entropy_coef or (config.beta and not config.kl_in_reward))
-        self.rows = [row for row in rows if row.weight and (row.advantage or row.kd_coef or always)]
-        self.fresh, self.config = fresh, config
-        self.keeps = fresh and config.num_iterations > 1  # the sampling policy's log-probs, for the steps to come
-        self.taught = any("teacher" in row.values for row in self.rows)
-        self.n_tokens = max(1, sum(len(row.tokens_T) for row in self.rows))
 
-    def spread(self, name, rows, batch):
-        """One of the rows' values, laid out like the batch: [B, S], 0 where nothing is trained."""
+class Batch(NamedTuple):
+    """The tensors of one forward."""
+
+    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
+    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
+    where_N: torch.Tensor  # the true places of mask_BS, flattened
+    rows: list  # the index of each row in its step
+
+
+def collate(examples, rows, device):
+    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
+    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
+    width = max(len(example.ids) for example in chosen)
+    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
+    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
+    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
+    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
+
+
+def batches_of(rows, config, world):
+    """This process's forwards for the rows, each its prompt and then its completion, which is what is trained."""
+    examples = [Example(row.prompt + row.tokens_T.tolist(), [False] * len(row.prompt) + [True] * len(row.tokens_T))
+                for row in rows]
+    parts = micro_batches([len(example.ids) for example in examples], config.per_device_train_batch_size,
+                          config.micro_batch_tokens, world)
+    return [collate(examples, part, world.device) for part in parts]
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, temperature=1.0, entropy=False):
+        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
+
+        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
+        """
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
         B, S = batch.mask_BS.shape
-        values_N = torch.cat([row.values[name] for row in rows] or [torch.zeros(0)]).to(batch.ids_BT.device)
-        return values_N.new_zeros(B * S).index_copy(0, batch.where_N, values_N).view(B, S)
-
-    def loss_of(self, policy, batch):
-        """The batch's share of the step's loss, and of the numbers logged."""
-        config, rows = self.config, [self.rows[i] for i in batch.rows]
-        logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
-        if self.fresh:  # the first step on these rollouts: the policy is still the one that sampled them
-            old_logps_BS = logps_BS.detach()
-            if self.keeps:
-                hand_out(old_logps_BS.flatten()[batch.where_N], rows, "old")
-        else:
-            old_logps_BS = self.spread("old", rows, batch)
-        numbers_BC = torch.tensor([row.numbers() for row in rows] or [[0.0] * 4]).to(logps_BS)
-        advantages_B, weights_B, kd_B, demo_B = numbers_BC.unbind(1)
-        old_logps_BS = torch.where(demo_B[:, None] > 0, logps_BS.detach(), old_logps_BS)
-        gain_BS, cut_BS = policy_gain(logps_BS, old_logps_BS, advantages_B, batch.mask_BS, config)
-        own_B1 = 1 - demo_B[:, None]  # what was not sampled has neither an entropy to keep nor a KL to estimate
-        if config.entropy_coef:  # else entropy is only logged, and its gradient not even computed
-            bonus_BS = self.spread("entropy_weight", rows, batch) if config.entropy_weighting == "tea" else 1.0
-            gain_BS = gain_BS + config.entropy_coef * own_B1 * bonus_BS * entropy_BS
-        sampled_BS = self.spread("sampled", rows, batch)
-        numbers = {"entropy": entropy_BS.detach().sum(),
-                   "clip_ratio": (cut_BS & batch.mask_BS).sum(),
-                   "sampling/logp_difference": (old_logps_BS - sampled_BS).abs().nan_to_num().sum()}
-        if config.beta:
-            kl_BS = kl_k3(logps_BS, self.spread("reference", rows, batch)) * batch.mask_BS * own_B1
-            gain_BS = gain_BS - (0.0 if config.kl_in_reward else config.beta) * kl_BS
-            numbers["kl"] = kl_BS.detach().sum()
-        if self.taught:
-            teacher_BS = self.spread("teacher", rows, batch)
-            gain_BS = gain_BS - kd_B[:, None] * teacher_penalty(logps_BS, teacher_BS, config.kd_direction)
-            numbers["kd/teacher_gap"] = ((logps_BS.detach() - teacher_BS) * batch.mask_BS).sum()
-        loss = -(gain_BS * batch.mask_BS * weights_B[:, None]).sum()
-        return loss, {name: value / self.n_tokens for name, value in numbers.items()}
+        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
+                     for x_N in found)
 
 
-# --- main ---
-
-
-def check_config(config):
-    """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
-    clips = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 1.0)}
-    choices = {"loss_type": tuple(clips), "scale_rewards": ("auto", "group", "batch", "none"),
-               "baseline": ("mean", "leave_one_out"), "arm": ("level", "domain", "steps", "level,domain"),
-               "scaffold": ("none", "hints", "egsr", "subgoals", "negatives"),
-               "hint_logps": ("auto", "hinted", "plain"), "subgoal_form": ("alone", "given"),
-               "entropy_weighting": ("uniform", "tea"), "kd_direction": ("reverse", "forward"),
-               "kd_schedule": ("constant", "anneal", "switch"), "kd_rows": ("all", "wrong", "stuck")}
-    lowest = {"num_generations": 2, "num_iterations": 1, "max_prompt_length": 1, "generation_batch_size": 1, "beta": 0,
-              "entropy_coef": 0, "soft_overlong_tokens": 0, "epsilon": 0, "epsilon_high": 0, "cispo_max_weight": 0,
-              "dump_window": 1, "adcl_chunks": 1, "adcl_samples": 1, "max_rounds": 1, "scaffold_samples": 1,
-              "budget_drops": 0, "ref_model_sync_steps": 1, "kd_coef": 0, "sft_coef": 0, "sampler_temperature": 0}
-    check_values(config, choices, lowest, ("sampler_rate", "horizon_gate", "horizon_review", "scaffold_exempt",
-                                           "ref_model_mixup_alpha"))
-    if config.sampler not in SAMPLERS and not config.sampler.startswith("yoked:") or config.sampler == "yoked":
-        raise InputError(f"--sampler {config.sampler}: must be one of {', '.join(SAMPLERS)}:RUN")
-    config.epsilon = config.epsilon or clips[config.loss_type][0]
-    config.epsilon_high = config.epsilon_high or clips[config.loss_type][1]
-    if config.scale_rewards == "auto":
-        config.scale_rewards = "none" if config.loss_type == "dr_grpo" else "group"
-    if config.hint_logps == "auto":
-        config.hint_logps = "plain" if config.scaffold == "egsr" else "hinted"
-    usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
-    config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
-    for name in config.reward_funcs:
-        if name not in REWARDS:
-            raise InputError(f"--reward_funcs {name}: must be among {', '.join(REWARDS)}")
-    for stage in config.stages:
-        fits = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", stage)
-        if not fits or int(fits[1]) > config.max_completion_length or int(fits[2]) < 2:
-            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
-                             "more): 64x8")
-    check_combinations(config)
-
-
-def check_combinations(config):
-    """Raises InputError for flags that make no sense together, or numbers that do not hang together."""
-    weights, functions, budget = config.reward_weights, config.reward_funcs, config.length_budget
-    shortest = min([int(stage.partition("x")[0]) for stage in config.stages] or [config.max_completion_length])
-    low, high = config.knapsack_range if len(config.knapsack_range) == 2 else (0, 0)
-    teacher, anchored, hpt = config.teacher_model_name_or_path, config.ref_model_mixup_alpha > 0, config.hpt_gate >= 0
-    faults = {
-        f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)":
-            not config.temperature > 0,
-        f"--reward_weights: {len(weights)} weights for {len(functions)} functions":
-            weights and len(weights) != len(functions),
-        f"--length_budget {budget}: must be two numbers of tokens, first and last":
-            budget and (len(budget) != 2 or min(budget) < 1),
-        f"--knapsack_range {config.knapsack_range}: must be two numbers from 2, around --num_generations":
-            not 2 <= low <= config.num_generations or high < config.num_generations and config.sampler == "knapsack",
-        f"--soft_overlong_tokens {config.soft_overlong_tokens}: must be below the shortest limit, {shortest} tokens":
-            config.soft_overlong_tokens >= shortest,
-        "--kd_coef needs --teacher_model_name_or_path": config.kd_coef and not teacher,
-        "--teacher_model_name_or_path needs --kd_coef": teacher and not config.kd_coef,
-        "--kl_in_reward needs --beta": config.kl_in_reward and not config.beta,
-        "--ref_model_mixup_alpha needs --beta": anchored and not config.beta,
-        "--ref_model_mixup_alpha: not with --fsdp": anchored and config.fsdp,
-        "--entropy_weighting tea needs --entropy_coef": config.entropy_weighting == "tea" and not config.entropy_coef,
-        "--length_budget needs budget among --reward_funcs": budget and "budget" not in functions,
-        "--hint_template must contain {prompt}": "{prompt}" not in config.hint_template,
-        "--hint_template must contain {hint}": "{hint}" not in config.hint_template,
-        "--hpt_gate: not with --scaffold, both act on prompts answered wrong": hpt and config.scaffold != "none",
-        "--hpt_gate: not with --sampler dynamic, which drops those prompts": hpt and config.sampler == "dynamic",
-        "--scaffold subgoals: not with --hint_logps plain":
-            config.scaffold == "subgoals" and config.hint_logps == "plain",
-        "--sampler knapsack: not with --stages, both choose the group size":
-            config.sampler == "knapsack" and config.stages}
-    for fault, present in faults.items():
-        if present:
-            raise InputError(fault)
-
-
-def check_problems(problems, tokenizer, config):
-    """InputError for a prompt over --max_prompt_length, or problems that lack what a scaffold or HPT needs."""
-    for i, problem in enumerate(problems):
-        if (length := len(encode_prompt(tokenizer, problem.prompt))) > config.max_prompt_length:
-            raise InputError(f"--max_prompt_length {config.max_prompt_length}: the prompt of problem {i + 1} of "
-                             f"--dataset_name {config.dataset_name} has {length} tokens")
-    if config.scaffold == "subgoals" and not any(problem.subgoals for problem in problems):
-        raise InputError(f"--scaffold subgoals: --dataset_name {config.dataset_name} has no subgoals (a column "
-                         "`subgoals` of [prompt, answer] pairs)")
-    if config.scaffold not in ("none", "subgoals") and not any(help_of(problem, config) for problem in problems):
-        raise InputError(f"--scaffold {config.scaffold}: --dataset_name {config.dataset_name} has neither hints (a "
-                         "column `hints`) nor worked solutions")
-    if config.hpt_gate >= 0 and not all(problem.solution for problem in problems):
-        raise InputError(f"--hpt_gate: a problem of --dataset_name {config.dataset_name} has no worked solution")
-
-
-def make_frozen(flag_name, needed, tokenizer, config, world):
-    """The model that this flag names, frozen, or None; InputError where its tokens are not the policy's."""
+def make_frozen(flag_name, needed, tokenizer, config):
+    """The model that this flag names, frozen and whole, or None; InputError where its tokens are not the policy's."""
     if not needed:
         return None
     name = getattr(config, flag_name)
@@ -1377,43 +1265,147 @@ def make_frozen(flag_name, needed, tokenizer, config, world):
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise InputError(f"--{flag_name} {name}: its tokenizer is not the policy's, and a token's log-prob means "
                          "nothing under it")
-    return shard(Policy(model.eval().requires_grad_(False).to(world.device)), config)
+    return Policy(model.eval().requires_grad_(False))
 
 
-def check_reference(reference, state, config):
-    """InputError where --model_name_or_path no longer holds the weights that this run's KL began with."""
+def check_reference(reference, resume, config):
+    """SHA-256 of the reference's weights, whole as they were loaded; None without a reference.
+
+    InputError where --model_name_or_path no longer holds the weights that a continued run's KL began with.
+    """
     if reference is None:
-        return
+        return None
     digest = hashlib.sha256()
     for parameter in reference.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        digest.update(local.cpu().view(torch.uint8).numpy().tobytes())
-    if state.setdefault("reference", digest.hexdigest()) != digest.hexdigest() and not config.fsdp:
+        digest.update(parameter.view(torch.uint8).numpy())
+    if resume and json.loads((resume / "state.json").read_text())["reference"] != digest.hexdigest():
         raise InputError(f"--model_name_or_path {config.model_name_or_path}: not the weights this run began with, and "
                          "--beta is measured from them")
+    return digest.hexdigest()
+
+
+def anchor_tensors(reference, config):
+    """The weights of a reference that --ref_model_mixup_alpha moves, by name: a checkpoint holds them."""
+    if not config.ref_model_mixup_alpha:
+        return {}
+    return {f"anchor.{name}": weight.detach() for name, weight in parameters_of(reference).items()}
 
 
 @torch.no_grad()
 def move_anchor(reference, policy, step, config):
     """Mixes --ref_model_mixup_alpha of the policy into the reference: T1's dynamic anchor, TRL's sync_ref_model."""
     if config.ref_model_mixup_alpha and (step + 1) % config.ref_model_sync_steps == 0:
-        for anchor, weight in zip(reference.parameters(), unwrap(policy).parameters()):
-            anchor.lerp_(weight, config.ref_model_mixup_alpha)
+        weights = parameters_of(policy)
+        for name, anchor in parameters_of(reference).items():  # each process mixes its parts
+            anchor.lerp_(weights[name], config.ref_model_mixup_alpha)
 
 
-def kept_tensors(rows, reference, midway, config):
-    """What a checkpoint holds beside weights and optimizer: rows still to be trained on, an anchor that has moved."""
-    anchor = {f"anchor.{name}": weight for name, weight in reference.named_parameters()} \
-        if config.ref_model_mixup_alpha else {}
-    return {**anchor, **(pack(rows) if midway and rows else {})}
+@torch.no_grad()
+def add_logps(model, rows, name, config, world):
+    """Sets values[name] of every row to the log-probs that `model` gives its tokens; the same on all processes."""
+    for row in rows:
+        row.values.pop(name, None)
+    for batch in batches_of(rows, config, world):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            logps_BS, _ = model(batch, config.temperature)
+        hand_out(logps_BS.flatten()[batch.where_N], [rows[i] for i in batch.rows], name)
+    exchange(rows, name, world)
 
 
-def restore(tensors, reference):
-    """The inverse of `kept_tensors`: puts the anchor back, in place, and returns the rows."""
-    for name, tensor in tensors.items():
-        if name.startswith("anchor."):
-            reference.get_parameter(name[7:]).data.copy_(tensor)
-    return unpack(tensors) if "tokens_N" in tensors else []
+def hand_out(values_N, rows, name):
+    """Sets values[name] of every row, in place, from the values of all their tokens, one row after another."""
+    for row, values_T in zip(rows, values_N.split([len(row.tokens_T) for row in rows])):
+        row.values[name] = values_T
+
+
+def exchange(rows, name, world):
+    """Brings values[name], set on one process for each row, to all processes and to the CPU."""
+    if rows:
+        values_N = torch.cat([row.values[name] if name in row.values else
+                              torch.zeros(len(row.tokens_T), device=world.device) for row in rows])
+        if world.size > 1:
+            dist.all_reduce(values_N)
+        hand_out(values_N.cpu(), rows, name)
+
+
+# --- main ---
+
+
+def check_config(config):
+    """Raises InputError for flags that cannot be meant together; fills in what depends on others."""
+    # what 0 and auto stand for
+    config.epsilon = config.epsilon or CLIPS[config.loss_type][0]
+    config.epsilon_high = config.epsilon_high or CLIPS[config.loss_type][1]
+    if config.scale_rewards == "auto":
+        config.scale_rewards = "none" if config.loss_type == "dr_grpo" else "group"
+    if config.hint_logps == "auto":
+        config.hint_logps = "plain" if config.scaffold == "egsr" else "hinted"
+    usual = {"sec": 0.4, "dump": 0.1, "domain_aware": 0.3}
+    config.sampler_temperature = config.sampler_temperature or usual.get(config.sampler, 1.0)
+
+    # sampling and the curriculum
+    if config.temperature == 0:
+        raise InputError("--temperature 0: must be above 0 (at 0 all completions are equal)")
+    limits = [config.max_completion_length]
+    for stage in config.stages:
+        fits = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", stage)
+        if not fits or int(fits[1]) > config.max_completion_length or int(fits[2]) < 2:
+            raise InputError(f"--stages {stage}: must be a limit (up to --max_completion_length) x a group size (2 or "
+                             "more): 64x8")
+        limits.append(int(fits[1]))
+    known = config.sampler in SAMPLERS and config.sampler != "yoked"
+    if not known and not config.sampler.startswith("yoked:"):
+        raise InputError(f"--sampler {config.sampler}: must be one of {', '.join(SAMPLERS)}:RUN")
+    if config.sampler == "knapsack" and config.stages:
+        raise InputError("--sampler knapsack: not with --stages, both choose the group size")
+    low, high = config.knapsack_range if len(config.knapsack_range) == 2 else (math.inf, 0)
+    if low > config.num_generations or (config.sampler == "knapsack" and high < config.num_generations):
+        raise InputError(f"--knapsack_range {config.knapsack_range}: must be two numbers around --num_generations")
+
+    # hints
+    if "{prompt}" not in config.hint_template or "{hint}" not in config.hint_template:
+        raise InputError(f"--hint_template {config.hint_template!r}: must contain {{prompt}} and {{hint}}")
+    if config.scaffold == "subgoals" and config.hint_logps == "plain":
+        raise InputError("--scaffold subgoals: not with --hint_logps plain")
+    if config.hpt_gate >= 0 and config.scaffold != "none":
+        raise InputError("--hpt_gate: not with --scaffold, both act on prompts answered wrong")
+    if config.hpt_gate >= 0 and config.sampler == "dynamic":
+        raise InputError("--hpt_gate: not with --sampler dynamic, which drops those prompts")
+
+    # rewards
+    n_weights, n_functions = len(config.reward_weights), len(config.reward_funcs)
+    if n_weights and n_weights != n_functions:
+        raise InputError(f"--reward_weights: {n_weights} weights for {n_functions} functions")
+    if config.length_budget and len(config.length_budget) != 2:
+        raise InputError(f"--length_budget {config.length_budget}: must be two numbers of tokens, first and last")
+    if config.length_budget and "budget" not in config.reward_funcs:
+        raise InputError("--length_budget needs budget among --reward_funcs")
+    if config.soft_overlong_tokens >= min(limits):
+        raise InputError(f"--soft_overlong_tokens {config.soft_overlong_tokens}: must be below the shortest limit, "
+                         f"{min(limits)} tokens")
+
+    # other models, and entropy
+    if config.kl_in_reward and not config.beta:
+        raise InputError("--kl_in_reward needs --beta")
+    if config.ref_model_mixup_alpha and not config.beta:
+        raise InputError("--ref_model_mixup_alpha needs --beta")
+    if config.kd_coef and not config.teacher_model_name_or_path:
+        raise InputError("--kd_coef needs --teacher_model_name_or_path")
+    if config.teacher_model_name_or_path and not config.kd_coef:
+        raise InputError("--teacher_model_name_or_path needs --kd_coef")
+    if config.entropy_weighting == "tea" and not config.entropy_coef:
+        raise InputError("--entropy_weighting tea needs --entropy_coef")
+
+
+def check_groups(n_rows, config):
+    """InputError where the groups of --num_generations or --stages do not fill the rows of a step."""
+    sizes = {f"--num_generations {config.num_generations}": config.num_generations}
+    if config.stages:
+        sizes = {f"--stages {stage}": int(stage.partition("x")[2]) for stage in config.stages}
+    for named, size in sizes.items():
+        if n_rows % size:
+            raise InputError(f"{named}: the group size must divide the {n_rows} rows of a step "
+                             "(per_device_train_batch_size x gradient_accumulation_steps x processes)")
 
 
 SHOWN = ("reward", "eval/accuracy", "scaffold/asked", "scaffold/solved", "hpt/share", "kd/teacher_gap", "kl", "entropy",
@@ -1421,95 +1413,95 @@ SHOWN = ("reward", "eval/accuracy", "scaffold/asked", "scaffold/solved", "hpt/sh
 
 
 def main(config):
-    check_frame(config)
     check_config(config)
-    world = start_world(config)
-    args = run_args(config, world)
-    n_rows = args["rows_per_step"]
-    sizes = {f"--stages {stage}": int(stage.partition("x")[2]) for stage in config.stages}
-    for named, size in (sizes or {f"--num_generations {config.num_generations}": config.num_generations}).items():
-        if n_rows % size:
-            raise InputError(f"{named}: the group size must divide the {n_rows} rows of a step "
-                             "(per_device_train_batch_size x gradient_accumulation_steps x processes)")
-    resume, finished = on_rank_0(lambda: open_run(config, args), world)
-    if finished:
-        return
+    world = start(config)
+
+    # what was asked for, and the checkpoint to go on from
     problems, eval_problems = load_train_problems(config), load_eval_problems(config)
-    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
-                                  chat_template=config.chat_template)
+    args, resume = on_rank_0(lambda: open_run(config, problems, world), world)
+    if args["finished"]:
+        return
+    n_rows = args["rows_per_step"]
+    check_groups(n_rows, config)
+    model, tokenizer = load_model(str(resume or config.model_name_or_path), chat_template=config.chat_template)
     check_problems(problems, tokenizer, config)
+    config.learning_rate = config.learning_rate or (5e-5 if model.num_parameters() < 10_000_000 else 1e-6)
+
+    # the curriculum, and the models that the policy is held against
     sampler = make_sampler(problems, config)
     warn_of_short_run(config, len(problems), n_rows)
-    reference = make_frozen("model_name_or_path", config.beta, tokenizer, config, world)
-    teacher = make_frozen("teacher_model_name_or_path", config.kd_coef, tokenizer, config, world)
-    fill_learning_rate(config, model, small=5e-5, large=1e-6)
-    run = begin_run(config, world, resume, args, model, problems)
+    reference = make_frozen("model_name_or_path", config.beta, tokenizer, config)
+    teacher = make_frozen("teacher_model_name_or_path", config.kd_coef, tokenizer, config)
+    state = {"step": 0, "bad_steps": 0, "rollouts": 0, "num_tokens": 0, "sampler": sampler.state,
+             "reference": check_reference(reference, resume, config)}
+    run, log, stop = Path(config.output_dir), Log(args, resume, model, config, world), stop_signals()
 
+    # the policy that learns, and a copy of it that samples
+    for frozen in (reference, teacher):
+        if frozen is not None:
+            shard(frozen, config, world)
     decoder = make_decoder(model, config, world)
-    policy = distribute(Policy(model), config, world)
+    policy = shard(Policy(model.train()), config, world)
     optimizer = make_optimizer(policy, config)
-    state, tensors = {"step": 0, "bad_steps": 0, "sampler": sampler.state, "rollouts": 0, "num_tokens": 0}, {}
     if resume:
-        state, tensors = load_checkpoint(resume, policy, optimizer, config)
+        state = load_checkpoint(resume, moments(policy, optimizer) | anchor_tensors(reference, config), world)
         sampler.state = state["sampler"]
-    check_reference(reference, state, config)
-    rows = restore(tensors, reference)
-    actor, log = Actor(decoder, tokenizer, config, world), Log(run, config, world)
-    stop, warned = StopSignal(), frozenset()
+    actor, warned = Actor(decoder, tokenizer, config, world), frozenset()
     if eval_problems and config.eval_on_start and state["step"] == 0:
-        log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, eval_problems, config, world), SHOWN)
+        refresh(decoder, policy)
+        log.step(0, eval_numbers(decoder, tokenizer, eval_problems, 0, log, config), SHOWN)
 
     while state["step"] < config.max_steps:
-        began, step = time.perf_counter(), state["step"]
-        number, iteration = divmod(step, config.num_iterations)
-        if iteration == 0:
-            refresh(decoder, policy)
-            actor.begin(number)
-            pace = pace_of(step, config)
-            groups, sampled, numbers = collect(sampler, actor, problems, pace, n_rows, config)
-            credit(groups, pace, n_rows, config)
-            if config.hpt_gate >= 0:
-                numbers |= demonstrate(groups, problems, tokenizer, config)
-            consult(groups, policy, reference, teacher, pace, config, world)
-            rows = rows_of(groups)
-            state["picked"] = [group.problem for group in groups]
-            state["rollouts"] += actor.rollouts
-            state["num_tokens"] += actor.tokens
-            state["about"] = {**describe(sampled, config), **numbers, "rollouts": state["rollouts"],
-                              "num_tokens": state["num_tokens"]}
-            write_samples(run, step, sampled[0], problems, world)
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
-        update = Update(rows, iteration == 0, config)
-        warned, rows = warn_of_silence(state["about"], update, step + 1, warned, world), update.rows
-        batches = batches_of(rows, config, world)
-        numbers, taken = train_step(policy, optimizer, batches, update.loss_of, step, config, world)
-        if update.keeps:
-            exchange(rows, "old", world)
-        if taken:
-            move_anchor(reference, policy, step, config)
-        note_step(run, state, taken, state["picked"], config, world)
-        numbers = {**state["about"], **numbers}
-        last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
-        if eval_problems and (last or state["step"] % config.eval_steps == 0):
-            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
-        log.step(state["step"], numbers, SHOWN, update.n_tokens if iteration else actor.tokens, seconds)
-        stopping = stop.agreed(world)
-        if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            midway = state["step"] % config.num_iterations  # the rollouts are still needed
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            kept_tensors(rows, reference, midway, config))
+        # sample completions of the prompts that the curriculum picks, from the policy as it is now, and judge them
+        began, first = time.perf_counter(), state["step"]
+        refresh(decoder, policy)
+        actor.begin(first // config.num_iterations)
+        pace = pace_of(first, config)
+        groups, sampled, about = collect(sampler, actor, problems, pace, n_rows, config)
+
+        # what each is worth: its advantage over its group, and its log-probs under other models
+        credit(groups, pace, n_rows, config)
+        if config.hpt_gate >= 0:
+            about |= demonstrate(groups, problems, tokenizer, config)
+        consult(groups, policy, reference, teacher, pace, config, world)
+
+        # the rows that can move a weight, as forwards of like length
+        update = Update(rows_of(groups), config)
+        batches = batches_of(update.rows, config, world)
+
+        # what there is to say about these rollouts
+        state["rollouts"] += actor.rollouts
+        state["num_tokens"] += actor.tokens
+        about = {**describe(sampled, config), **about, "rollouts": state["rollouts"],
+                 "num_tokens": state["num_tokens"]}
+        write_samples(log, first + 1, sampled[0], problems)
+        warned = warn_of_silence(about, update, first + 1, warned, world)
+
+        for iteration in range(min(config.num_iterations, config.max_steps - first)):
+            # one optimizer step on these rollouts
+            numbers, taken = train_step(policy, optimizer, batches, update.loss_of, state["step"], config, world)
+            if taken:
+                move_anchor(reference, policy, state["step"], config)
+            log.count(state, taken, [group.problem for group in groups])
+
+            # evaluate and log at any step
+            last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
+            if eval_problems and (last or state["step"] % config.eval_steps == 0):
+                refresh(decoder, policy)
+                numbers |= eval_numbers(decoder, tokenizer, eval_problems, state["step"], log, config)
+            n_tokens = update.n_tokens if iteration else actor.tokens
+            log.step(state["step"], about | numbers, SHOWN, n_tokens, seconds)
+            began = time.perf_counter()
+
+        # save, now that the rollouts are used up, so that a checkpoint need not hold them
+        [stopping] = total([len(stop)], world)
+        due = config.save_steps and state["step"] // config.save_steps > first // config.save_steps
+        if last or stopping or due:
+            tensors = moments(policy, optimizer) | anchor_tensors(reference, config)
+            save_checkpoint(run, state, policy, tokenizer, tensors, world)
         if stopping and not last:
-            leave(run, state, stopping)
-    end_run(run, policy, tokenizer, world)
-
-
-def write_samples(run, step, group, problems, world):
-    """The first two completions of a step go to samples.jsonl."""
-    if world.rank == 0:
-        problem = problems[group.problem]
-        for row in group.rows[:2]:
-            append_line(run / "samples.jsonl", {"step": step + 1, "prompt": problem.prompt, "completion": row.text,
-                                                "answer": problem.answer, "reward": row.reward})
+            leave(run, state, stop)
+    finish_run(run, policy, tokenizer, world)
 
 
 # --- frame: the same text in all five scripts ---
@@ -1672,7 +1664,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
@@ -1709,30 +1701,15 @@ def save_checkpoint(run, state, policy, tokenizer, tensors, world):
     """Writes run/checkpoints/step_N, whole or not at all, and keeps the newest two whole ones.
 
     The folder is a model, with `tensors` (those of `moments`, and what else must come back) in optimizer/ and `state`,
-    a dict for JSON, in state.json. All of it is written under another name, synced to the disk and renamed. RunError
-    where the disk does not take it.
+    a dict for JSON, in state.json. Raises RunError where the disk does not take it.
     """
-    final, aside = run / "checkpoints" / f"step_{state['step']}", run / "checkpoints" / "unfinished"
-
-    def finish():
-        write_json(aside / "state.json", {**state, "sizes": file_sizes(aside)})
-        for path in [*aside.rglob("*"), aside]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        os.rename(aside, final)
-        kept = [path for path in checkpoints_of(run) if int(path.name[5:]) <= state["step"] and is_whole(path)][:2]
-        for path in checkpoints_of(run):
-            if path not in kept:
-                shutil.rmtree(path)
-
+    aside = run / "checkpoints" / "unfinished"
     try:
         on_rank_0(lambda: shutil.rmtree(aside, ignore_errors=True), world)  # left by a kill
         save_model(aside, policy, tokenizer, world)
         writer = HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
-        on_rank_0(finish, world)
+        on_rank_0(lambda: keep_checkpoint(aside, state), world)
     except (OSError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]  # dcp quotes a whole traceback
         raise RunError(f"the checkpoint of step {state['step']} could not be written ({reason}); older checkpoints are "
@@ -1748,26 +1725,10 @@ def load_checkpoint(checkpoint, tensors, world):
     return state
 
 
-def leave(run, state, stop):
-    """Ends a run that a signal has stopped and that is saved: exit code 128 + the signal's number."""
-    print(f"{run}: stopped and saved after step {state['step']}; the same command continues from there", flush=True)
-    sys.exit(128 + (stop or [signal.SIGTERM])[0])  # another process may have caught it
-
-
 def finish_run(run, policy, tokenizer, world):
-    """Leaves the trained model in the run's folder as Hugging Face writes it, with curves.png; the run is finished."""
-    aside = run / "export.tmp"
-    save_model(aside, policy, tokenizer, world)
-
-    def finish():
-        for path in aside.iterdir():
-            os.replace(path, run / path.name)
-        aside.rmdir()
-        plot_runs([run], run / "curves.png")
-        write_json(run / "args.json", {**json.loads((run / "args.json").read_text()), "finished": True})
-        print(f"{run}: the model, args.json, metrics.jsonl, curves.png", flush=True)
-
-    on_rank_0(finish, world)
+    """Leaves the trained model in the run's folder, with curves.png; the run is finished."""
+    save_model(run / "export.tmp", policy, tokenizer, world)
+    on_rank_0(lambda: publish(run), world)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 from statistics import stdev
 
 import pytest
@@ -13,6 +14,7 @@ import eval as ground
 import grpo
 import sft
 from eval import InputError, Problem, encode_prompt, load_model
+from faults import assert_same
 from grpo import Config, Update, World, group_advantages, kl_k3, row_weights, soft_overlong
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
@@ -186,7 +188,7 @@ REWARDS = [1.0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # the second group is silent
 
 def step_gradient(model, rows, c):
     model.zero_grad()
-    update = Update(rows, True, c)
+    update = Update(rows, c)
     policy, numbers = grpo.Policy(model), {}
     for batch in grpo.batches_of(update.rows, c, ALONE):
         loss, found = update.loss_of(policy, batch)
@@ -326,20 +328,19 @@ def test_what_0_and_auto_stand_for():
 def test_later_iterations_use_the_log_probs_of_the_first(tiny):
     model, tokenizer = copy.deepcopy(tiny)
     c = config(num_iterations=2, learning_rate=1e-2)
-    update = Update(rows_in(groups_of(model, tokenizer, c, REWARDS)), True, c)
-    policy = grpo.Policy(model)
+    update = Update(rows_in(groups_of(model, tokenizer, c, REWARDS)), c)
+    policy, batches = grpo.Policy(model), grpo.batches_of(update.rows, c, ALONE)
     optimizer = grpo.make_optimizer(policy, c)
 
-    def step_on(update, step):
-        return grpo.train_step(policy, optimizer, grpo.batches_of(update.rows, c, ALONE), update.loss_of, step, c, ALONE)[0]
+    def step_on(step):
+        return grpo.train_step(policy, optimizer, batches, update.loss_of, step, c, ALONE)[0]
 
-    first = step_on(update, 0)
-    rows = grpo.unpack(grpo.pack(update.rows))  # as through a checkpoint
-    for row, before in zip(rows, update.rows):
-        assert torch.allclose(row.values["old"], row.values["sampled"], atol=1e-4)
-        assert (row.prompt, row.advantage, row.weight) == (before.prompt, before.advantage, before.weight)
-        assert torch.equal(row.tokens_T, before.tokens_T)
-    second = step_on(Update(rows, False, c), 1)
+    first = step_on(0)
+    kept = [row.values["old"].clone() for row in update.rows]
+    for row, old_T in zip(update.rows, kept):
+        assert torch.allclose(old_T, row.values["sampled"], atol=1e-4)
+    second = step_on(1)
+    assert all(torch.equal(row.values["old"], old_T) for row, old_T in zip(update.rows, kept))  # the first pass's, still
     assert first["clip_ratio"] == 0 and second["clip_ratio"] > 0  # the policy has moved away from the sampling one
     assert abs(second["loss"] - first["loss"]) > 1e-6
 
@@ -352,7 +353,7 @@ def test_truncated_completions_can_be_left_out(tiny):
     for i, row in enumerate(rows):
         row.finished = i != 0
     grpo.credit(groups, grpo.pace_of(0, c), 12, c)
-    update = Update(rows, True, c)
+    update = Update(rows, c)
     assert rows[0] not in update.rows and rows[1] in update.rows
     assert rows[1].weight == pytest.approx(1 / sum(len(row.tokens_T) for row in rows[1:]))
 
@@ -501,6 +502,39 @@ def test_stages_are_parts_of_the_optimizer_steps(tmp_path, cold_start):
     assert longest[:2] == [3, 3] and min(longest[2:]) > 3
 
 
+def test_a_window_is_evaluated_anywhere_and_saved_at_its_end(tmp_path, cold_start, monkeypatch):
+    """Three steps on each step's rollouts; the last window has but two."""
+    saved, save = [], grpo.save_checkpoint
+    monkeypatch.setattr(grpo, "save_checkpoint", lambda run, state, *given: saved.append(state["step"]) or save(run, state, *given))
+    grpo.main(quick(tmp_path, cold_start, max_steps=11, num_iterations=3, save_steps=4, eval_steps=4, eval_on_start=False, n_eval=2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert saved == [6, 9, 11]  # due at 4, at 8, and at the end
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [4, 8, 11]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    assert [line["rollouts"] for line in lines] == [16] * 3 + [32] * 3 + [48] * 3 + [64] * 2
+
+
+def test_a_stop_waits_for_the_end_of_the_window(tmp_path, cold_start, monkeypatch):
+    """And the run goes on from there as if nothing had been."""
+    flags = dict(max_steps=8, num_iterations=3, save_steps=0, beta=0.1)
+    grpo.main(quick(tmp_path, cold_start, **flags, output_dir=str(tmp_path / "whole")))
+    step = grpo.train_step
+
+    def stopping(*given):
+        if given[4] == 3:  # the first of the second window
+            signal.raise_signal(signal.SIGTERM)
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "train_step", stopping)
+        with pytest.raises(SystemExit) as left:
+            grpo.main(quick(tmp_path, cold_start, **flags))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_6"]
+    grpo.main(quick(tmp_path, cold_start, **flags))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_silence_is_said(tmp_path, cold_start, capsys):
     grpo.main(quick(tmp_path, cold_start, max_completion_length=1, max_steps=3))
     said = capsys.readouterr().err
@@ -520,7 +554,7 @@ def test_silence_is_that_of_the_gradient(tmp_path, cold_start, capsys, monkeypat
 
 
 def test_silence_is_said_by_one_process(capsys):
-    numbers, update = {"completions/clipped_ratio": 1.0}, Update([row_of()], True, config(beta=0.1))
+    numbers, update = {"completions/clipped_ratio": 1.0}, Update([row_of()], config(beta=0.1))
     update.rows = update.rows or [row_of()]
     assert grpo.warn_of_silence(numbers, update, 1, frozenset(), World(1, 2, "cpu")) == frozenset()
     assert not capsys.readouterr().err
@@ -558,13 +592,15 @@ def test_the_reference_is_checked_when_a_run_is_continued(tmp_path, cold_start):
     model = tmp_path / "model"
     shutil.copytree(cold_start, model)
     c = config(model_name_or_path=str(model), beta=0.1)
-    reference, state = grpo.make_frozen("model_name_or_path", True, load_model(str(model))[1], c, ALONE), {}
-    grpo.check_reference(reference, state, c)
-    grpo.check_reference(reference, state, c)
+    reference = grpo.make_frozen("model_name_or_path", True, load_model(str(model))[1], c)
+    digest = grpo.check_reference(reference, None, c)
+    (tmp_path / "state.json").write_text(json.dumps({"reference": digest}))
+    assert grpo.check_reference(reference, tmp_path, c) == digest
     with torch.no_grad():
         next(reference.parameters()).add_(1e-3)
     with pytest.raises(InputError, match="--model_name_or_path"):
-        grpo.check_reference(reference, state, c)
+        grpo.check_reference(reference, tmp_path, c)
+    assert grpo.check_reference(None, tmp_path, c) is None
 
 
 def test_row_order_is_that_of_the_prompts_for_any_number_of_processes(tiny):
@@ -587,7 +623,6 @@ def test_log_probs_of_two_processes_add_up(tiny, monkeypatch):
     rows = rows_in(groups_of(model, tokenizer, config(), REWARDS))
     grpo.add_logps(grpo.Policy(model), rows, "wanted", config(), ALONE)
     parts = []
-    monkeypatch.setattr(grpo.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(grpo.dist, "all_reduce", lambda values_N: parts.append(values_N.clone()))
     for rank in (0, 1):
         for row in rows:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,6 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def config(**flags):
     made = Config(**{"model_name_or_path": "tiny", "eval_steps": 0, "num_generations": 4, "max_completion_length": 12, **flags})
-    grpo.check_frame(made)
     grpo.check_config(made)
     return made
 
@@ -290,7 +290,7 @@ def test_a_step_without_a_mixed_group_changes_nothing_and_goes_on(tiny, loss_typ
     c = config(sampler="dynamic", loss_type=loss_type, beta=0.1, entropy_coef=0.1, entropy_weighting="tea", scale_rewards="batch")
     grpo.credit([], grpo.pace_of(0, c), 8, c)
     grpo.consult([], grpo.Policy(tiny[0]), grpo.Policy(tiny[0]), None, grpo.pace_of(0, c), c, ALONE)
-    assert grpo.Update([], True, c).rows == []
+    assert grpo.Update([], c).rows == []
 
 
 def test_what_is_measured_is_not_helped():
@@ -445,7 +445,7 @@ def tiny():
 
 def gradient(model, rows, c):
     model.zero_grad()
-    update = grpo.Update(rows, True, c)
+    update = grpo.Update(rows, c)
     if update.rows:
         [batch] = grpo.batches_of(update.rows, c, ALONE)
         update.loss_of(grpo.Policy(model), batch)[0].backward()
@@ -526,7 +526,7 @@ def test_the_entropy_bonus_against_a_loop(tiny, weighting):
         for t in range(len(tokens_T)):
             at = logps[len(prompt) + t - 1]
             wanted -= 0.3 * rows[-1].weight * (float(weights_T[t]) if weighting == "tea" else 1) * float(-(at.exp() * at).sum())
-    update = grpo.Update(rows, True, c)
+    update = grpo.Update(rows, c)
     [batch] = grpo.batches_of(update.rows, c, ALONE)
     found, _ = update.loss_of(grpo.Policy(model), batch)
     assert batch.rows == [1, 0]  # longest first
@@ -578,7 +578,7 @@ def test_a_teacher_whose_weight_has_fallen_to_0_is_not_asked(tiny):
             row.prompt = encode_prompt(tokenizer, "1+1=")
         grpo.credit([group], grpo.pace_of(step, c), 4, c)
         grpo.consult([group], policy, None, teacher, grpo.pace_of(step, c), c, ALONE)
-        update = grpo.Update(group.rows, True, c)
+        update = grpo.Update(group.rows, c)
         [batch] = grpo.batches_of(update.rows, c, ALONE)
         loss, numbers = update.loss_of(policy, batch)
         assert bool(asked) == ("kd/teacher_gap" in numbers) == (step == 0) and torch.isfinite(loss)
@@ -750,14 +750,14 @@ def flags_of(cold_start, **flags):
 
 COMBINATIONS = {
     "sec, hints": {"sampler": "sec", "scaffold": "hints", "loss_type": "dapo"},
-    "dump, egsr, two iterations": {"sampler": "dump", "scaffold": "egsr", "num_iterations": 2, "save_steps": 3},
+    "dump, egsr, two iterations": {"sampler": "dump", "scaffold": "egsr", "num_iterations": 2, "max_steps": 6, "save_steps": 3},
     "horizon, subgoals": {"sampler": "horizon", "scaffold": "subgoals", "horizon_gate": 0.0},
     "domain_aware, moving anchor": {"sampler": "domain_aware", "beta": 0.1, "kl_in_reward": True,
                                     "ref_model_mixup_alpha": 0.5, "entropy_coef": 0.01, "entropy_weighting": "tea"},
     "adcl": {"sampler": "adcl", "adcl_chunks": 3, "adcl_samples": 2},
     "knapsack, budget": {"sampler": "knapsack", "reward_funcs": ["accuracy", "budget"], "n_train": 4},
     "dynamic, hints": {"sampler": "dynamic", "scaffold": "hints", "max_rounds": 3},
-    "hpt, teacher, tea": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "save_steps": 3, "entropy_coef": 0.01,
+    "hpt, teacher, tea": {"hpt_gate": 0.25, "kd_coef": 0.1, "num_iterations": 2, "max_steps": 6, "save_steps": 3, "entropy_coef": 0.01,
                           "entropy_weighting": "tea"},
     "stages": {"stages": ["12x8", "24x4"], "loss_type": "dr_grpo"}}
 
@@ -770,7 +770,9 @@ def test_a_combination_resumes_bit_for_bit(tmp_path, cold_start, name):
     grpo.main(Config(**mine, output_dir=str(tmp_path / "whole")))
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
-    shutil.rmtree(cut / "checkpoints" / "step_4")
+    saved, last = faults.steps_of(cut)  # with two iterations: 4, which was due at 3
+    assert (saved, last) == ((4, 6) if mine["max_steps"] == 6 else (2, 4))
+    shutil.rmtree(faults.newest(cut))
     args = json.loads((cut / "args.json").read_text())
     (cut / "args.json").write_text(json.dumps({**args, "finished": False, "flags": {**args["flags"], "output_dir": str(cut)}}))
     (cut / "model.safetensors").unlink()
@@ -778,7 +780,7 @@ def test_a_combination_resumes_bit_for_bit(tmp_path, cold_start, name):
     assert largest_difference(cut, tmp_path / "whole") == 0
     lines = [[{name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
               for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (tmp_path / "whole", cut)]
-    assert lines[0] == lines[1] and len(lines[0]) == 4
+    assert lines[0] == lines[1] and len(lines[0]) == last
     assert any(line["grad_norm"] > 0 for line in lines[0])
 
 
@@ -792,6 +794,26 @@ def test_a_combination_on_two_processes_equals_one(tmp_path, tiny_model, name):
     codes, text = faults.run("grpo", {**mine, "per_device_train_batch_size": 8, "output_dir": tmp_path / "two"}, ranks=2)
     assert codes == [0, 0], text
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_moving_anchor_goes_on_with_another_number_of_processes(tmp_path, tiny_model, before, after):
+    """Stopped in the first step of a window, so saved after its last; the anchor is not the model given any more."""
+    mine = flags_of(tiny_model, beta=0.1, ref_model_mixup_alpha=0.5, num_iterations=2, save_steps=0, levels="1-2", domains="",
+                    entropy_coef=0.1)
+
+    def go(name, ranks, *fault):
+        rows = {"per_device_train_batch_size": 16 // ranks, "output_dir": tmp_path / name}
+        return faults.run("grpo", {**mine, **rows}, *fault, ranks=ranks)
+
+    assert go("whole", 1)[0] == [0]
+    codes, text = go("cut", before, {"signal_at": [1, signal.SIGTERM]})
+    assert codes == [128 + signal.SIGTERM] * before and faults.steps_of(tmp_path / "cut") == [2], text
+    codes, text = go("cut", after)
+    assert codes == [0] * after, text
+    assert largest_difference(tmp_path / "cut", tmp_path / "whole") < 1e-5
+    kl = [[json.loads(line)["kl"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    assert kl[0][2:] == pytest.approx(kl[1][2:], rel=1e-3)
 
 
 def test_a_yoked_run_replays_the_schedule_of_another(tmp_path, cold_start):

@@ -75,7 +75,7 @@ def run_ours(folder, steps, seed, line):
     dpo.Log, dpo.reference_logps = MeteredLog, timed
     dpo.main(dpo.Config(
         model_name_or_path=str(folder / "model"), dataset_name=str(folder / "ours.jsonl"), pairs="offline",
-        loss_type="sigmoid", n_train=0, output_dir=str(folder / "run"), overwrite=True, reference_cache="",
+        loss_type="sigmoid", n_train=0, output_dir=str(folder / "run"), overwrite=True,
         per_device_train_batch_size=PAIRS, max_steps=steps, learning_rate=1e-5, lr_scheduler_type="constant",
         eval_steps=0, save_steps=0, seed=seed, share_prefix="padded apart" not in line))
     result = meter.result()

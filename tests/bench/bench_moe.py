@@ -67,7 +67,8 @@ def moe_model(case, implementation):
 def our_step(case, ids_BT, device):
     """A function that does one step of moe.py, global balance and all it logs included."""
     world, config = moe.World(0, 1, device), moe.Config(learning_rate=1e-4, warmup_steps=0)
-    policy = moe.distribute_routed(moe.install_layers(moe_model(case, "eager"), "softmax"), config, world)
+    model = moe.install_layers(moe_model(case, "eager"), "softmax")
+    policy = moe.shard(moe.RoutedPolicy(model.train()), config, world)
     optimizer, streams = moe.make_optimizer(policy, config), []
     for b, ids in enumerate(ids_BT.numpy()):
         streams.append(moe.Stream(str(b), ids, moe.np.arange(len(ids), dtype=moe.np.int32), len(ids)))
@@ -110,7 +111,8 @@ def dense_step(case, ids_BT, device):
     torch.manual_seed(0)
     inner = case["num_experts_per_tok"] * case["moe_intermediate_size"]
     world, config = sft.World(0, 1, device), sft.Config(learning_rate=1e-4, warmup_steps=0)
-    policy = sft.distribute(sft.Policy(Qwen3ForCausalLM(Qwen3Config(**shared_shape(case), intermediate_size=inner))), config, world)
+    model = Qwen3ForCausalLM(Qwen3Config(**shared_shape(case), intermediate_size=inner))
+    policy = sft.shard(sft.Policy(model.train()), config, world)
     optimizer = sft.make_optimizer(policy, config)
     examples = [sft.Example(ids.tolist(), [True] * len(ids)) for ids in ids_BT]
     n_tokens = ids_BT.shape[0] * (ids_BT.shape[1] - 1)

@@ -161,7 +161,7 @@ def format_trains(script, row, model, work, tokens):
     data.write_text((json.dumps(row) + "\n") * 2)
     run_script(script, "--dataset_name", str(data), "--model_name_or_path", str(model), "--max_steps", "1",
                "--per_device_train_batch_size", "2", "--output_dir", str(out), "--overwrite",
-               *(["--pairs", "offline", "--reference_cache", ""] if script == "dpo" else []))
+               *(["--pairs", "offline"] if script == "dpo" else []))
     line = json.loads(open(out / "metrics.jsonl").readline())
     assert not tokens or line["num_tokens"] == 2 * tokens, f"{line['num_tokens']} tokens trained, not {2 * tokens}"
     return f"loss {line['loss']:.3f}" + (f", {tokens} tokens a row trained" if tokens else "")

@@ -33,7 +33,7 @@ def start_accuracy(start):
 
 FAILURE = ("dpo.py --model_name_or_path {{start}} --output_dir {{out}} --seed {{seed}} --pairs offline --levels 1-3 "
            "--n_train 8000 --learning_rate 1e-4 --max_steps 60 --eval_steps 10 --n_eval 256 --max_completion_length 48 "
-           "--save_steps 0 --reference_cache '' --loss_type {}")
+           "--save_steps 0 --loss_type {}")
 PANELS = {"logps/chosen": "log p of the chosen", "logps/rejected": "log p of the rejected",
           "rewards/margins": "margin, beta (c - r)", "rewards/accuracies": "share of pairs ranked right",
           "logps/chosen_fell": "share whose chosen log p fell", "eval/accuracy": "task accuracy, greedy"}
@@ -94,7 +94,7 @@ def on_policy_figures(folder):
 BUDGET = ("dpo.py --model_name_or_path {{start}} --output_dir {{out}} --seed {{seed}} --pairs offline --levels 4-5 "
           "--error_rate 0.3 --n_train 1500 --budget 1000 --sft_fraction {} --loss_type sigmoid --sft_learning_rate 1e-3 "
           "--learning_rate 5e-5 --per_device_train_batch_size 32 --max_steps 40 --eval_steps 20 --n_eval 128 "
-          "--max_completion_length 80 --save_steps 0 --reference_cache ''")
+          "--max_completion_length 80 --save_steps 0")
 
 
 def budget_figures(folder):

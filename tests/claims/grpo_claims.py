@@ -105,15 +105,16 @@ class Oracle(grpo.Uniform):
 
 def oracle(out, seed, start):
     """An arm: the Oracle is told after every evaluation, at no cost in rollouts; at first all arms are alike."""
-    evaluate_policy = grpo.evaluate_policy
+    from eval import evaluate
+    eval_numbers = grpo.eval_numbers
 
-    def telling(run, step, decoder, policy, tokenizer, problems, config, world):
-        numbers = evaluate_policy(run, step, decoder, policy, tokenizer, problems, config, world)
-        found = grpo.evaluate(decoder, tokenizer, problems, n=8, max_new_tokens=10, seed=step)
+    def telling(decoder, tokenizer, problems, step, log, config):
+        numbers = eval_numbers(decoder, tokenizer, problems, step, log, config)
+        found = evaluate(decoder, tokenizer, problems, n=8, max_new_tokens=10, seed=step)
         Oracle.rates = {str(level): part["accuracy"] for level, part in found["by_level"].items()}
         return numbers
 
-    grpo.SAMPLERS["oracle"], grpo.evaluate_policy, Oracle.rates = Oracle, telling, {}
+    grpo.SAMPLERS["oracle"], grpo.eval_numbers, Oracle.rates = Oracle, telling, {}
     run_command(LEVELS.format(start=start, seed=seed, out=out) + "--sampler oracle")
 
 
