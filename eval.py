@@ -1442,7 +1442,7 @@ def open_run(config, data, world):
             given = Path(value).resolve()
             if run.resolve() in (given, *given.parents):
                 raise InputError(f"--output_dir {run}: --{name} {value} is in it")
-    if not run.exists() or (run.is_dir() and {path.name for path in run.iterdir()} <= {"args.json.tmp"}):  # after a kill
+    if not run.exists() or (run.is_dir() and {path.name for path in run.iterdir()} <= {"args.json.tmp"}):  # a kill
         return args, None
     if not (run / "args.json").is_file():
         raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
@@ -1463,7 +1463,8 @@ def open_run(config, data, world):
     for about in fields(config):
         value, other = args["flags"][about.name], before["flags"].get(about.name)
         if value != other and not about.metadata["free"]:
-            raise InputError(f"--{about.name} {value}: the run in --output_dir {run} has {other}; --overwrite deletes it")
+            raise InputError(f"--{about.name} {value}: the run in --output_dir {run} has {other}; "
+                             "--overwrite deletes it")
     if before["data_sha256"] != args["data_sha256"]:
         name = "dataset_name" if "dataset_name" in args["flags"] else "domains"
         raise InputError(f"--{name} {args['flags'][name]}: not the data this run began with; --overwrite starts over")
@@ -1504,7 +1505,7 @@ def newest_checkpoint(run):
 
 
 def keep_checkpoint(aside, state):
-    """Makes the folder `aside` the checkpoint of state["step"], whole or not at all, and keeps the newest two whole ones.
+    """Makes the folder `aside` the checkpoint of state["step"], whole or not at all; keeps the newest two whole ones.
 
     The files are synced to the disk before the folder gets its name, so that a power cut finds none that is half there.
     """
@@ -1763,7 +1764,8 @@ def results_table(config, checkpoints, evaluations, comparisons):
     title = f"{config.dataset_name}, {config.dataset_test_split}: {first[main]['n_problems']} problems"
     columns = [("greedy", "greedy", "accuracy")] if "greedy" in first else []
     if main == "sampled":
-        title += f", {config.num_generations} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
+        title += (f", {config.num_generations} samples each at temperature {config.temperature:g}, "
+                  f"top-p {config.top_p:g}")
         columns += [(f"avg@{config.num_generations}", main, "accuracy")]
         columns += [(key, main, key) for key in first[main] if re.fullmatch(r"(pass|maj)@\d+", key) and key != "pass@1"]
     lines = [f"{title}, at most {config.max_completion_length} tokens, seed {config.seed}",

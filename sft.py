@@ -57,8 +57,8 @@ from kernels import linear_logps
 
 @dataclass
 class Config(ProblemFlags, RunFlags):
-    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder", "loss_type": "loss",
-                "select": "choice of data", "lora_rank": "adapters, going on with training",
+    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder",
+                "loss_type": "loss", "select": "choice of data", "lora_rank": "adapters, going on with training",
                 "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
     model_name_or_path: str = flag("tiny", "a hub name, a local folder, or `tiny`: 0.6 M random weights, built in")
@@ -725,8 +725,8 @@ def main(config):
     if resume:
         state = load_checkpoint(resume, moments(policy, optimizer) | adapter_tensors(policy), world)
     show_example(examples[0], tokenizer)
-    print(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes over "
-          "the data", flush=True)
+    print(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes "
+          "over the data", flush=True)
     if problems and config.eval_on_start and state["step"] == 0:
         refresh(decoder, policy)
         log.step(0, eval_numbers(decoder, tokenizer, problems, 0, log, config), SHOWN)

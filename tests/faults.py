@@ -263,7 +263,7 @@ def child(name, flags, faults, environment, log):
     tqdm.set_lock(threading.RLock())  # its own would outlive a kill
     script, rank = SCRIPTS[name], int(os.environ["RANK"])
     ground.TINY.update(SMALLER)
-    script.plot_runs = lambda runs, path: path.write_bytes(b"")  # drawing takes longer than all else
+    ground.plot_runs = lambda runs, path: path.write_bytes(b"")  # drawing takes longer than all else
     for fault, argument in faults.items():
         fault, _, only = fault.partition("@")  # "crash_at@1": on rank 1 alone
         if not only or int(only) == rank:
