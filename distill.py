@@ -759,7 +759,7 @@ def load_rows(config):
             for problem in problems]
 
 
-def load_data(config):
+def load_stage_data(config):
     """What a stage is made of, as the user gave it: rows for `logits` and `on_policy`, problems for all others."""
     if config.method in ("logits", "on_policy"):
         return load_rows(config)
@@ -1131,9 +1131,10 @@ def check_plan(runs, config):
     for run in runs:
         for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name",
                      "demonstrations"):
-            given = Path(getattr(config, name)).resolve()
-            if getattr(config, name) and Path(run.output_dir).resolve() in (given, *given.parents):
-                raise InputError(f"--output_dir {run.output_dir}: --{name} {getattr(config, name)} is in it")
+            value = getattr(config, name)
+            given = Path(value).resolve()
+            if value and given.exists() and Path(run.output_dir).resolve() in (given, *given.parents):
+                raise InputError(f"--output_dir {run.output_dir}: --{name} {value} is in it")
     if len(runs) > 1 and (root / "args.json").is_file():
         raise InputError(f"--output_dir {root}: holds a run of one stage, this command makes {len(runs)}; take another")
     if len(runs) == 1 and not (root / "args.json").is_file() and list(root.glob("*/args.json")):
@@ -1170,7 +1171,7 @@ SHOWN = ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", 
 def train(config, world, stop):
     """One run, from its flags to its finished folder; nothing where that is finished already."""
     # what was asked for, and the checkpoint to go on from
-    data, eval_problems = load_data(config), load_eval_problems(config)
+    data, eval_problems = load_stage_data(config), load_eval_problems(config)
     args, resume = on_rank_0(lambda: open_run(config, data, world), world)
     if args["finished"]:
         return
