@@ -981,7 +981,7 @@ def collate(examples, rows, device):
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
 
     def __init__(self, model):
         super().__init__()
