@@ -18,24 +18,18 @@ S predicting positions · N trained tokens · D model width · V vocabulary.
     python sft.py && python dpo.py                    # the embedded task, its own pairs: four minutes of one core
     python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --pairs offline --eval_steps 0 \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/d                # one GPU
-    torchrun --nproc-per-node 8 dpo.py --fsdp ...                                         # several GPUs
+    torchrun --nproc-per-node 8 dpo.py ...                                                # several GPUs
 """
 
-import contextlib
 import copy
-import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -45,17 +39,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from eval import (InputError, chat_text, encode_prompt, end_of_turn, evaluate, fill_template, flag, generate,
-                  load_model, load_problems, parse_flags, plot_runs, read_rows, softcap, verify)
+from eval import (InputError, Log, ProblemFlags, RunError, RunFlags, chat_text, encode_prompt, end_of_turn,
+                  eval_numbers, fill_template, flag, generate, keep_checkpoint, launch, leave, load_eval_problems,
+                  load_model, load_problems, open_run, publish, read_rows, softcap, stop_signals, verify)
 from kernels import linear_logps
 
 # --- config ---
@@ -63,44 +55,43 @@ from kernels import linear_logps
 
 @dataclass
 class Config(ProblemFlags, RunFlags):
-    SECTIONS = {"model_name_or_path": "model and data", "output_dir": "the run's folder", "loss_type": "loss",
-                "pairs": "pairs and rounds", "per_device_train_batch_size": "optimizer and memory",
-                "logging_steps": "logs, evaluation, checkpoints"}
+    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder",
+                "loss_type": "loss", "pairs": "pairs and rounds", "budget": "cold start",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
-    model_name_or_path: str = flag("runs/sft", "a hub name or a local folder; by default what sft.py left")
     error_rate: float = flag(0.15, "`chain`, --pairs offline: share of wrong steps in the rejected solutions")
+    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error", low=1)
+    max_length: int = flag(1024, "tokens of prompt and completion; longer offline pairs are left out and counted",
+                           low=2)
+    num_train_epochs: float = flag(0.0, "--pairs offline: passes over the pairs; above 0 it decides, not max_steps",
+                                   low=0)
+    easy_to_hard: float = flag(0.0, "share of the run in which the data opens by level, easiest first; 0: all at once",
+                               low=0, high=1)
     output_dir: str = flag("runs/dpo", "the run's folder: model, args.json, metrics.jsonl, curves.png, checkpoints/",
                            free=True)
     loss_type: str = flag("rpo", "sigmoid (DPO), ipo, ipo_sum, hinge, simpo, rpo, dpop, step_apo, or sft (chosen only)",
-                          choices=tuple(USUAL_BETA))
+                          choices=lambda: USUAL_BETA)
     beta: float = flag(0.0, "strength of the preference; 0: the loss's usual one (simpo 2, all others 0.1)", low=0)
     label_smoothing: float = flag(0.0, "sigmoid: share of pairs taken to be the wrong way round (conservative DPO)",
                                   low=0, high=1)
     simpo_gamma: float = flag(1.0, "simpo: margin wanted, outside beta (the authors' gamma_beta_ratio times beta)")
     rpo_alpha: float = flag(1.0, "rpo: weight of the chosen completion's negative log-likelihood per token", low=0)
     dpop_lambda: float = flag(5.0, "dpop: weight of the fall of the chosen log-prob, inside beta", low=0)
-    pairs: str = flag("on_policy", "on_policy: right against wrong samples; steps: right against wrong steps; offline",
-                      choices=("on_policy", "steps", "offline"))
+    pairs: str = flag("on_policy", "on_policy: right against wrong samples; steps: right against wrong steps; offline: "
+                                   "pairs that dataset_name has", choices=("on_policy", "steps", "offline"))
     resample_steps: int = flag(10, "new pairs and a fresh reference every so many steps; 0: once, at the start", low=0)
     round_prompts: int = flag(256, "prompts sampled each time pairs are made", low=1)
     num_generations: int = flag(8, "completions per prompt, and per prefix with --pairs steps", low=2)
     pairs_per_prompt: int = flag(4, "pairs made of one prompt's completions at most", low=1)
     step_separator: str = flag(";", "--pairs steps: a step ends with this text, such as a line break for prose")
-    max_prompt_length: int = flag(512, "tokens; a longer prompt is an error", low=1)
     temperature: float = flag(1.0, "of sampling; the loss is at 1")
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1)
-    easy_to_hard: float = flag(0.0, "share of the run in which the data opens by level, easiest first; 0: all at once",
-                               low=0, high=1)
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1, free=True)
+    share_prefix: bool = flag(True, "compute a pair's prompt once for both completions; speed only", free=True)
     budget: int = flag(0, "annotated examples in all, problems or pairs; 0: n_train", low=0)
     sft_fraction: float = flag(0.0, "share of the examples, and of the steps, spent on a cold start (sft) first",
                                low=0, high=1)
     sft_learning_rate: float = flag(0.0, "the cold start's peak; 0: 3e-3 under 10 M parameters, 2e-5 above", low=0)
-    reference_cache: str = flag("runs/reference", "folder for log-probs of offline pairs, by content hash; empty: none")
-    share_prefix: bool = flag(True, "compute a pair's prompt once for both completions; speed only")
-    num_train_epochs: float = flag(0.0, "--pairs offline: passes over the pairs; above 0 it decides, not max_steps",
-                                   low=0)
-    max_length: int = flag(1024, "tokens of prompt and completion; longer offline pairs are left out and counted",
-                           low=2)
+    learning_rate: float = flag(0.0, "peak rate; 0: 2e-5 under 10 M parameters, above 1e-6 (TRL's)", low=0)
     eval_steps: int = flag(20, "evaluate (greedy) every so many steps and at the end; 0: never", low=0)
 
 
@@ -199,7 +190,27 @@ def pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config):
     return losses_P, rewards_PC
 
 
-# --- data ---
+def pair_batch_loss(policy, batch, pairs, reference_PC, n_pairs, config):
+    """The batch's share of the step's loss, and of the numbers logged; n_pairs are those of the whole step."""
+    # what the loss is made of: one row for each pair of this forward
+    logps_PC, own = policy(batch), [pairs[i] for i in batch.rows]
+    reference_PC = reference_PC[batch.rows].to(logps_PC)
+    lengths_PC = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in own]).to(logps_PC).view(-1, 2)
+    values_PC = torch.tensor([pair.values for pair in own]).to(logps_PC).view(-1, 2)
+    losses_P, rewards_PC = pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config)
+
+    # what is logged beside it; a cold start has no rejected completions, and not every loss a reference
+    logps_PC = logps_PC.detach()
+    numbers = {"logps/chosen": logps_PC[:, 0], "logps/rejected": logps_PC[:, 1]}
+    if config.loss_type != "sft":
+        numbers |= {"rewards/chosen": rewards_PC[:, 0], "rewards/rejected": rewards_PC[:, 1],
+                    "rewards/margins": gap(rewards_PC), "rewards/accuracies": gap(rewards_PC) > 1e-4}
+    if config.loss_type not in REFERENCE_FREE:  # 1e-3 nats, and 1e-4 above, are more than float32's rounding
+        numbers["logps/chosen_fell"] = logps_PC[:, 0] < reference_PC[:, 0] - 1e-3
+    return losses_P.sum() / n_pairs, {name: value_P.sum() / n_pairs for name, value_P in numbers.items()}
+
+
+# --- rollouts ---
 
 
 class Pair(NamedTuple):
@@ -210,285 +221,6 @@ class Pair(NamedTuple):
     rejected: list  # empty in a cold start, which trains on `chosen` alone
     level: int = 0
     values: tuple = (0.0, 0.0)  # chance of a right answer after chosen and after rejected, for step_apo
-
-
-def turn(tokenizer, prompt, text):
-    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
-    if tokenizer.chat_template:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = leading_space(tokenizer, prompt, text) + text
-    answer = tokenizer(text, add_special_tokens=False).input_ids
-    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
-
-
-def leading_space(tokenizer, messages, answer):
-    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
-    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
-    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    before = whole.rpartition(answer)[0] if answer else ""
-    between = before[len(prompt) :] if before.startswith(prompt) else ""
-    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
-
-
-def checked(row, name, kinds, where):
-    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
-    value = row[name]
-    texts = [message.get(key) if isinstance(message, dict) else None for message in value
-             for key in ("role", "content")] if isinstance(value, list) else [value]
-    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
-        wanted = {str: "text", list: "messages with a role and a content"}
-        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
-    return value
-
-
-def load_train_problems(config, error_rate=0.0):
-    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
-    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
-                         levels=config.levels, domains=config.domains, error_rate=error_rate,
-                         prompt_column=config.prompt_column, answer_column=config.answer_column,
-                         prompt_template=config.prompt_template)
-
-
-def split_chats(prompt, chosen, rejected, where):
-    """Messages up to the last one, which alone may differ, and the two last ones as text; InputError otherwise."""
-    if prompt is not None and chosen[0]["role"] == "assistant":
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        chosen, rejected = prompt + chosen, prompt + rejected
-    *context, last = chosen
-    if not context or rejected[:-1] != context or {last["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise InputError(f"{where}: chosen and rejected must be one conversation of two messages or more in which only "
-                         "the assistant's last one differs")
-    return context, last["content"], rejected[-1]["content"]
-
-
-def split_texts(chosen, rejected):
-    """The prompt that two texts begin with, and what follows it in each.
-
-    White space at its end goes to the completions, where most tokenizers want it; so does a word begun in common after
-    white space.
-
-    >>> split_texts("The sky is blue.", "The sky is black.")
-    ('The sky is', ' blue.', ' black.')
-    """
-    prompt = os.path.commonprefix([chosen, rejected])
-    prompt = prompt[: re.search(r"(\s+\S*)?\Z", prompt).start()]
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-
-
-def row_pair(tokenizer, row, prompt_template, where):
-    """The Pair of a row in any of TRL's preference formats: text or chat, the prompt in its own column or shared."""
-    if not {"chosen", "rejected"} <= row.keys():
-        raise InputError(f"{where}: has columns {sorted(row)}; --pairs offline wants chosen and rejected, and prompt "
-                         "unless they begin with it")
-    chosen, rejected = (checked(row, name, (str, list), where) for name in ("chosen", "rejected"))
-    prompt = None if row.get("prompt") is None else checked(row, "prompt", (str, list), where)
-    if type(chosen) is not type(rejected):
-        raise InputError(f"{where}: chosen and rejected must both be text or both be messages")
-    if isinstance(chosen, list):
-        prompt, chosen, rejected = split_chats(prompt, chosen, rejected, where)
-    elif prompt is None:
-        prompt, chosen, rejected = split_texts(chosen, rejected)
-    prompt = fill_template(prompt_template, prompt) if prompt else prompt
-    (prompt_ids, chosen_ids), (_, rejected_ids) = (turn(tokenizer, prompt, text) for text in (chosen, rejected))
-    if not prompt_ids:
-        raise InputError(f"{where}: the prompt is empty")
-    level = re.search(r"\d+", str(row.get("level", "")))
-    return Pair(prompt_ids, chosen_ids, rejected_ids, int(level.group()) if level else 0)
-
-
-def load_pair_rows(config):
-    """Rows with prompt, chosen and rejected. `chain` pairs right solutions with ones that have wrong steps."""
-    if config.dataset_name != "chain":
-        return read_rows(config.dataset_name, config.dataset_train_split)[: config.n_train or None]
-    right, spoiled = load_train_problems(config), load_train_problems(config, config.error_rate)
-    return [{"prompt": a.prompt, "chosen": a.solution, "rejected": b.solution, "level": a.level}
-            for a, b in zip(right, spoiled) if not verify(b.solution, a.answer)]
-
-
-def make_pairs(rows, tokenizer, config):
-    """Every row's Pair; those over --max_length, and those without a difference, are left out, and said to be."""
-    where = f"--dataset_name {config.dataset_name}: row"
-    pairs = [row_pair(tokenizer, row, config.prompt_template, f"{where} {i + 1}") for i, row in enumerate(rows)]
-    different = [pair for pair in pairs if pair.chosen != pair.rejected]
-    kept = [pair for pair in different
-            if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= config.max_length]
-    if len(kept) < len(pairs):
-        say(f"of {len(pairs)} pairs {len(pairs) - len(different)} have no difference and "
-            f"{len(different) - len(kept)} are longer than --max_length {config.max_length}: left out")
-    if not kept:
-        raise InputError(f"--max_length {config.max_length}, --dataset_name {config.dataset_name}: no pair is left")
-    return kept
-
-
-def cold_start_pairs(problems, tokenizer):
-    """The solutions of problems, as pairs that have no rejected completion."""
-    if not all(problem.solution for problem in problems):
-        raise InputError("--sft_fraction: these problems have no worked solutions for a cold start")
-    return [Pair(*turn(tokenizer, problem.prompt, problem.solution), [], problem.level) for problem in problems]
-
-
-def n_open(n, step, config):
-    """How many of n rows, sorted by level, are open at a step: from a fifth up to all (after iTool 2501.09766)."""
-    end = config.easy_to_hard * config.max_steps
-    return n if step >= end else max(1, round(n * (0.2 + 0.8 * step / end)))
-
-
-def rows_of_step(n_rows, rows_per_step, step, seed):
-    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
-
-    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
-    """
-    first, indices = step * rows_per_step, []
-    while len(indices) < rows_per_step:
-        epoch, offset = divmod(first + len(indices), n_rows)
-        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
-    return indices
-
-
-def micro_batches(lengths, max_rows, max_tokens, world):
-    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
-
-    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
-    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    parts, start = [], 0
-    while start < len(order):
-        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
-        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
-        start += rows * world.size
-    return parts
-
-
-class PairBatch(NamedTuple):
-    """The tensors of one forward. A line holds a prompt and the completions that continue it, one after the other."""
-
-    ids_BS: torch.Tensor  # token ids without each completion's last, from which nothing is predicted; right-padded
-    positions_BS: torch.Tensor  # where each token stands in its own sequence: completions begin at the same place
-    mask_B1SS: torch.Tensor | None  # bool: may query see key? None: all that stands before it
-    where_N: torch.Tensor  # the flat place in ids_BS that each trained token is predicted from
-    targets_N: torch.Tensor  # the trained tokens
-    slots_N: torch.Tensor  # where each belongs in [P, C, longest completion], flattened
-    rows: list  # the index of each pair in its step
-    longest: int  # tokens of the longest completion
-
-
-def line_tokens(pair, share_prefix):
-    """What a pair costs in a forward, in tokens."""
-    read = [max(0, len(ids) - 1) for ids in pair[1:3]]
-    return len(pair.prompt) + sum(read) if share_prefix else 2 * (len(pair.prompt) + max(read))
-
-
-def collate_pairs(pairs, rows, share_prefix, device):
-    """One forward's tensors from its rows (indices into `pairs`); no row at all gives one that trains nothing.
-
-    With share_prefix a pair is one line whose completions do not see each other, else a line each, where no mask is
-    needed: nothing before a pad can see it.
-    """
-    lines, where, targets, slots = [], [], [], []  # lines: (token ids, their positions, the side each belongs to)
-    longest = max([1, *(len(ids) for row in rows for ids in pairs[row][1:3])])
-    for i, row in enumerate(rows):
-        prompt, *completions = pairs[row][:3]
-        for sides in ([0, 1],) if share_prefix else ([0], [1]):
-            ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-            for side in sides:
-                completion, first = completions[side], (2 * i + side) * longest
-                n_read = max(0, len(completion) - 1)  # from its last token nothing is predicted
-                places = [len(prompt) - 1, *range(len(ids), len(ids) + n_read)][: len(completion)]
-                where += [(len(lines), place) for place in places]
-                targets += completion
-                slots += range(first, first + len(completion))
-                ids = ids + completion[:-1]
-                positions += range(len(prompt), len(prompt) + n_read)
-                owners += [1 + side] * n_read
-            lines.append((ids, positions, owners))
-    lines = lines or [([0], [0], [0])]
-    width = max(len(ids) for ids, _, _ in lines)
-    ids_BS, positions_BS, owner_BS = torch.tensor(
-        [[part + [0] * (width - len(part)) for part in line] for line in lines], device=device).unbind(1)
-    mask_B1SS = None
-    if share_prefix:
-        key_B1S, query_BS1 = owner_BS[:, None], owner_BS[:, :, None]
-        before_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        mask_B1SS = (((key_B1S == 0) | (key_B1S == query_BS1)) & before_SS)[:, None]
-    where = [line * width + place for line, place in where]
-    where_N, targets_N, slots_N = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets, slots))
-    return PairBatch(ids_BS, positions_BS, mask_B1SS, where_N, targets_N, slots_N, list(rows), longest)
-
-
-# --- model ---
-
-
-class PairPolicy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        """Log-probs of both completions of each pair, summed over their tokens: float32 [P, C]."""
-        places = {} if batch.mask_B1SS is None else {"attention_mask": batch.mask_B1SS,
-                                                     "position_ids": batch.positions_BS}
-        hidden_BSD = self.model.base_model(input_ids=batch.ids_BS, use_cache=False, **places).last_hidden_state
-        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
-        weight_VD = self.model.get_output_embeddings().weight
-        logps_N, _ = linear_logps(hidden_ND, weight_VD, batch.targets_N, entropy=False, softcap=softcap(self.model))
-        logps_PCT = logps_N.new_zeros(len(batch.rows), 2, batch.longest)  # index_add has no fixed order on a GPU
-        return logps_PCT.flatten().index_copy(0, batch.slots_N, logps_N).view_as(logps_PCT).sum(-1)
-
-
-def can_share_prefix(model):
-    """Does the model take a mask of who sees whom? Not with sliding windows, recurrent layers, or other attention."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-
-
-@torch.no_grad()
-def reference_logps(policy, pairs, config, world):
-    """Log-probs of every pair under the policy as it now stands: float32 [P, C] on the CPU, on every process."""
-    policy.eval()  # the reference has no dropout
-    found_PC = torch.zeros(len(pairs), 2, device=world.device)
-    parts = micro_batches([line_tokens(pair, config.share_prefix) for pair in pairs],
-                          config.per_device_train_batch_size, config.micro_batch_tokens, world)
-    for part in parts:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
-            found_PC[part] = policy(collate_pairs(pairs, part, config.share_prefix, world.device))
-    if dist.is_initialized():
-        dist.all_reduce(found_PC)
-    policy.train()
-    return found_PC.cpu()
-
-
-def cached_reference(policy, pairs, config, world):
-    """reference_logps, found in --reference_cache where these weights have met these pairs before, else kept there."""
-    digest = hashlib.sha256(repr([config.bf16, [pair[:3] for pair in pairs]]).encode())
-    for parameter in policy.parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    path = Path(config.reference_cache) / f"{digest.hexdigest()}.safetensors"
-
-    def load():
-        try:
-            return load_file(path)["logps_PC"]
-        except (FileNotFoundError, SafetensorError):  # not there, or damaged
-            return None
-
-    found_PC = on_rank_0(load, world)
-    if found_PC is None:
-        found_PC = reference_logps(policy, pairs, config, world)
-        if world.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")  # another run may write the same
-            save_file({"logps_PC": found_PC}, aside)
-            os.replace(aside, path)
-    return found_PC
-
-
-# --- rollout ---
 
 
 class Attempt(NamedTuple):
@@ -637,31 +369,222 @@ def sample_pairs(decoder, tokenizer, problems, prompts, number, config, world):
                    "num_pairs": len(pairs), "rollouts": sum(calls) * config.num_generations}
 
 
-# --- main ---
+# --- rounds ---
 
 
-def check_config(config):
-    """Raises InputError for flags of this script that cannot be meant; fills in what depends on others."""
-    choices = {"loss_type": tuple(USUAL_BETA), "pairs": ("on_policy", "steps", "offline")}
-    lowest = {"num_generations": 2, "pairs_per_prompt": 1, "round_prompts": 1, "max_prompt_length": 1, "max_length": 2,
-              "generation_batch_size": 1, "beta": 0, "rpo_alpha": 0, "dpop_lambda": 0, "resample_steps": 0, "budget": 0,
-              "num_train_epochs": 0, "sft_learning_rate": 0}
-    check_values(config, choices, lowest, shares=("label_smoothing", "easy_to_hard", "sft_fraction"))
-    if not config.temperature > 0:
-        raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
-    if not config.step_separator:
-        raise InputError("--step_separator: must not be empty")
-    if config.label_smoothing and config.loss_type != "sigmoid":
-        raise InputError(f"--label_smoothing {config.label_smoothing}: only for --loss_type sigmoid")
-    if config.loss_type == "step_apo" and config.pairs != "steps":
-        raise InputError("--loss_type step_apo: needs the values that --pairs steps measures")
-    if config.num_train_epochs and config.pairs != "offline":
-        raise InputError(f"--num_train_epochs {config.num_train_epochs}: only with --pairs offline")
-    if config.easy_to_hard and config.pairs != "offline" and not config.resample_steps:
-        raise InputError("--easy_to_hard: with --resample_steps 0 the one round would hold the easiest fifth alone")
-    config.beta = config.beta or USUAL_BETA[config.loss_type]
-    if config.pairs != "offline":  # offline the budget counts pairs, of which a row may give none
-        config.n_train = config.budget or config.n_train
+def cold_steps(config):
+    """Optimizer steps of the cold start: it gets the same share of the steps as of the examples."""
+    return round(config.sft_fraction * config.max_steps)
+
+
+def phase_of(step, config):
+    """(the flags in force at this step, steps since its phase began): the cold start is a run of its own."""
+    cold = cold_steps(config)
+    if step < cold:
+        return replace(config, loss_type="sft", learning_rate=config.sft_learning_rate, max_steps=cold), step
+    return replace(config, max_steps=config.max_steps - cold), step - cold
+
+
+def at_rate(rate, config):
+    """The flags of a step at just this learning rate."""
+    return replace(config, learning_rate=rate, lr_scheduler_type="constant", warmup_steps=0.0)
+
+
+def round_of(step, config):
+    """(the number of the round that a step belongs to, its first step); round 0 is the cold start."""
+    cold, every = cold_steps(config), 0 if config.pairs == "offline" else config.resample_steps
+    if step < cold:
+        return 0, 0
+    number = (step - cold) // every if every else 0
+    return 1 + number, cold + number * every
+
+
+def n_open(n, step, config):
+    """How many of n rows, sorted by level, are open at a step: from a fifth up to all (after iTool 2501.09766)."""
+    end = config.easy_to_hard * config.max_steps
+    return n if step >= end else max(1, round(n * (0.2 + 0.8 * step / end)))
+
+
+class Round(NamedTuple):
+    """Pairs in use, and their log-probs under the policy at the time when they came into use: the reference."""
+
+    pairs: list
+    reference_PC: torch.Tensor
+
+    def text(self, sampled):
+        """All of it as one line of JSON, for a checkpoint; pairs that were not sampled are left out.
+
+        A float32 is written as the decimal of its float64, from which the same float32 comes back.
+        """
+        return json.dumps([self.pairs if sampled else [], self.reference_PC.tolist()], separators=(",", ":"))
+
+
+def restored_round(text, pairs):
+    """The Round that Round.text wrote; where it holds no pairs they are these."""
+    sampled, reference_PC = json.loads(text)
+    sampled = [Pair(*parts, tuple(values)) for *parts, values in sampled]
+    return Round(sampled or pairs, torch.tensor(reference_PC))
+
+
+def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
+    """(the Round that begins at this step, numbers to log about it).
+
+    Where the policy answers every prompt all right or all wrong, the round before goes on; RunError where none is.
+    """
+    (number, _), (flags, _) = round_of(step, config), phase_of(step, config)
+    pairs, about = data.pairs if number else data.cold, {}
+    if number and config.pairs != "offline":
+        refresh(decoder, policy)
+        n = n_open(len(data.problems), step, config)
+        picked = rows_of_step(n, min(config.round_prompts, n), number, config.seed)
+        print(f"round {number} of pairs: sampling {config.num_generations} completions of each of {len(picked)} "
+              "prompts", flush=True)
+        pairs, about = sample_pairs(decoder, tokenizer, [data.problems[i] for i in picked],
+                                    [data.prompts[i] for i in picked], number, config, world)
+        if not pairs:
+            fault = f"step {step + 1}: of {len(picked)} prompts none gave a pair: " + (
+                "all completions were right" if about["reward"] == 1 else "no right one and a wrong one to compare")
+            if number == 1:
+                raise RunError(fault)
+            if world.rank == 0:
+                print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
+            return before, about
+    if flags.loss_type in REFERENCE_FREE:
+        return Round(pairs, torch.zeros(len(pairs), 2)), about
+    return Round(pairs, reference_logps(policy, pairs, config, world)), about
+
+
+def write_pairs(log, step, pairs, data, tokenizer):
+    """Adds a round's pairs to pairs.jsonl, in the order that bad_steps.jsonl counts in and `--pairs offline` reads.
+
+    The texts are those of the tokens, without what ends a turn; the prompt is the data's, unless it goes on into an
+    answer, as those of --pairs steps do.
+    """
+    asked = {tuple(ids): problem.prompt for ids, problem in zip(data.prompts, data.problems)}
+    end = end_of_turn(tokenizer)
+    for pair in pairs:
+        texts = tokenizer.batch_decode([ids[:-1] if ids[-1:] == [end] else ids for ids in pair[:3]],
+                                       clean_up_tokenization_spaces=False)
+        line = dict(zip(("prompt", "chosen", "rejected"), texts))
+        log.add("pairs", {"step": step + 1, **line, "prompt": asked.get(tuple(pair.prompt), texts[0])})
+
+
+# --- data ---
+
+
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = whole.rpartition(answer)[0] if answer else ""
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
+
+
+def checked(row, name, kinds, where):
+    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
+    value = row[name]
+    texts = [message.get(key) if isinstance(message, dict) else None for message in value
+             for key in ("role", "content")] if isinstance(value, list) else [value]
+    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
+        wanted = {str: "text", list: "messages with a role and a content"}
+        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
+    return value
+
+
+def split_chats(prompt, chosen, rejected, where):
+    """Messages up to the last one, which alone may differ, and the two last ones as text; InputError otherwise."""
+    if prompt is not None and chosen[0]["role"] == "assistant":
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        chosen, rejected = prompt + chosen, prompt + rejected
+    *context, last = chosen
+    if not context or rejected[:-1] != context or {last["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise InputError(f"{where}: chosen and rejected must be one conversation of two messages or more in which only "
+                         "the assistant's last one differs")
+    return context, last["content"], rejected[-1]["content"]
+
+
+def split_texts(chosen, rejected):
+    """The prompt that two texts begin with, and what follows it in each.
+
+    White space at its end goes to the completions, where most tokenizers want it; so does a word begun in common after
+    white space.
+
+    >>> split_texts("The sky is blue.", "The sky is black.")
+    ('The sky is', ' blue.', ' black.')
+    """
+    prompt = os.path.commonprefix([chosen, rejected])
+    prompt = prompt[: re.search(r"(\s+\S*)?\Z", prompt).start()]
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def row_pair(tokenizer, row, prompt_template, where):
+    """The Pair of a row in any of TRL's preference formats: text or chat, the prompt in its own column or shared."""
+    if not {"chosen", "rejected"} <= row.keys():
+        raise InputError(f"{where}: has columns {sorted(row)}; --pairs offline wants chosen and rejected, and prompt "
+                         "unless they begin with it")
+    chosen, rejected = (checked(row, name, (str, list), where) for name in ("chosen", "rejected"))
+    prompt = None if row.get("prompt") is None else checked(row, "prompt", (str, list), where)
+    if type(chosen) is not type(rejected):
+        raise InputError(f"{where}: chosen and rejected must both be text or both be messages")
+    if isinstance(chosen, list):
+        prompt, chosen, rejected = split_chats(prompt, chosen, rejected, where)
+    elif prompt is None:
+        prompt, chosen, rejected = split_texts(chosen, rejected)
+    prompt = fill_template(prompt_template, prompt) if prompt else prompt
+    (prompt_ids, chosen_ids), (_, rejected_ids) = (turn(tokenizer, prompt, text) for text in (chosen, rejected))
+    if not prompt_ids:
+        raise InputError(f"{where}: the prompt is empty")
+    level = re.search(r"\d+", str(row.get("level", "")))
+    return Pair(prompt_ids, chosen_ids, rejected_ids, int(level.group()) if level else 0)
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def load_pair_rows(config):
+    """Rows with prompt, chosen and rejected. `chain` pairs right solutions with ones that have wrong steps."""
+    if config.dataset_name != "chain":
+        return read_rows(config.dataset_name, config.dataset_train_split)[: config.n_train or None]
+    right, spoiled = load_train_problems(config), load_train_problems(config, config.error_rate)
+    return [{"prompt": a.prompt, "chosen": a.solution, "rejected": b.solution, "level": a.level}
+            for a, b in zip(right, spoiled) if not verify(b.solution, a.answer)]
+
+
+def make_pairs(rows, tokenizer, config):
+    """Every row's Pair; those over --max_length, and those without a difference, are left out, and said to be."""
+    where = f"--dataset_name {config.dataset_name}: row"
+    pairs = [row_pair(tokenizer, row, config.prompt_template, f"{where} {i + 1}") for i, row in enumerate(rows)]
+    different = [pair for pair in pairs if pair.chosen != pair.rejected]
+    kept = [pair for pair in different
+            if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= config.max_length]
+    if len(kept) < len(pairs):
+        print(f"of {len(pairs)} pairs {len(pairs) - len(different)} have no difference and "
+              f"{len(different) - len(kept)} are longer than --max_length {config.max_length}: left out", flush=True)
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}, --dataset_name {config.dataset_name}: no pair is left")
+    return kept
+
+
+def cold_start_pairs(problems, tokenizer):
+    """The solutions of problems, as pairs that have no rejected completion."""
+    if not all(problem.solution for problem in problems):
+        raise InputError("--sft_fraction: these problems have no worked solutions for a cold start")
+    return [Pair(*turn(tokenizer, problem.prompt, problem.solution), [], problem.level) for problem in problems]
 
 
 class Data(NamedTuple):
@@ -673,16 +596,21 @@ class Data(NamedTuple):
     prompts: list  # their token ids
 
 
-def load_data(config, tokenizer):
+def load_examples(config):
+    """What --pairs trains on: rows of pairs, or problems to sample from."""
+    return load_pair_rows(config) if config.pairs == "offline" else load_train_problems(config)
+
+
+def make_data(examples, tokenizer, config):
     """Data as --pairs and --sft_fraction have it; the first sft_fraction of the examples are the cold start's."""
     if config.pairs == "offline":
-        pairs, problems = make_pairs(load_pair_rows(config), tokenizer, config)[: config.budget or None], []
+        pairs, problems = make_pairs(examples, tokenizer, config)[: config.budget or None], []
         if len(pairs) < config.budget:
             raise InputError(f"--budget {config.budget}: --dataset_name {config.dataset_name} gives {len(pairs)} pairs")
         n_cold = round(config.sft_fraction * len(pairs))
         cold, pairs = [pair._replace(rejected=[]) for pair in pairs[:n_cold]], pairs[n_cold:]
     else:
-        pairs, problems = [], load_train_problems(config)
+        pairs, problems = [], examples
         if len(problems) < config.budget:
             raise InputError(f"--budget {config.budget}: --dataset_name {config.dataset_name} has {len(problems)} "
                              "problems")
@@ -700,11 +628,6 @@ def load_data(config, tokenizer):
     return Data(cold, pairs, problems, prompts)
 
 
-def cold_steps(config):
-    """Optimizer steps of the cold start: it gets the same share of the steps as of the examples."""
-    return round(config.sft_fraction * config.max_steps)
-
-
 def check_phases(data, config):
     """InputError where --sft_fraction leaves one of the two phases without examples or without steps."""
     steps, rest = cold_steps(config), data.pairs or data.problems
@@ -713,112 +636,162 @@ def check_phases(data, config):
         raise InputError(f"--sft_fraction {config.sft_fraction}: one of the two phases has no examples or no steps")
 
 
-def phase_of(step, config):
-    """(the flags in force at this step, steps since its phase began): the cold start is a run of its own."""
-    cold = cold_steps(config)
-    if step < cold:
-        return replace(config, loss_type="sft", learning_rate=config.sft_learning_rate, max_steps=cold), step
-    return replace(config, max_steps=config.max_steps - cold), step - cold
+def rows_of_step(n_rows, rows_per_step, step, seed):
+    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
 
-
-def round_of(step, config):
-    """(the number of the round that a step belongs to, its first step); round 0 is the cold start."""
-    cold, every = cold_steps(config), 0 if config.pairs == "offline" else config.resample_steps
-    if step < cold:
-        return 0, 0
-    number = (step - cold) // every if every else 0
-    return 1 + number, cold + number * every
-
-
-class Round(NamedTuple):
-    """Pairs in use, and their log-probs under the policy at the time when they came into use: the reference."""
-
-    pairs: list
-    reference_PC: torch.Tensor
-
-    def tensors(self):
-        """All of it as a flat dict of tensors, for a checkpoint."""
-        parts = [ids for pair in self.pairs for ids in pair[:3]]
-        return {"reference_PC": self.reference_PC, "ids_N": torch.tensor([token for ids in parts for token in ids]),
-                "lengths_N": torch.tensor([len(ids) for ids in parts]),
-                "values_PC": torch.tensor([pair.values for pair in self.pairs])}
-
-
-def restored_round(tensors, pairs):
-    """The Round that a checkpoint was saved in; sampled pairs come from its tensors, others are `pairs`."""
-    if "ids_N" in tensors:
-        parts = iter([ids.tolist() for ids in tensors["ids_N"].split(tensors["lengths_N"].tolist())])
-        pairs = [Pair(prompt, chosen, rejected, values=tuple(values))
-                 for prompt, chosen, rejected, values in zip(parts, parts, parts, tensors["values_PC"].tolist())]
-    return Round(pairs, tensors["reference_PC"])
-
-
-def write_pairs(run, step, pairs, data, tokenizer):
-    """Appends a round's pairs to pairs.jsonl, in the order that bad_steps.jsonl counts in and `--pairs offline` reads.
-
-    The texts are those of the tokens, without what ends a turn; the prompt is the data's, unless it goes on into an
-    answer, as those of --pairs steps do.
+    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
     """
-    asked = {tuple(ids): problem.prompt for ids, problem in zip(data.prompts, data.problems)}
-    end = end_of_turn(tokenizer)
-    for pair in pairs:
-        texts = tokenizer.batch_decode([ids[:-1] if ids[-1:] == [end] else ids for ids in pair[:3]],
-                                       clean_up_tokenization_spaces=False)
-        line = dict(zip(("prompt", "chosen", "rejected"), texts))
-        append_line(run / "pairs.jsonl", {"step": step + 1, **line, "prompt": asked.get(tuple(pair.prompt), texts[0])})
+    first, indices = step * rows_per_step, []
+    while len(indices) < rows_per_step:
+        epoch, offset = divmod(first + len(indices), n_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
+    return indices
 
 
-def begin_round(data, before, step, decoder, policy, tokenizer, config, world):
-    """(the Round that begins at this step, numbers to log about it).
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
 
-    Where the policy answers every prompt all right or all wrong, the round before goes on; RunError where none is.
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
     """
-    (number, _), (flags, _) = round_of(step, config), phase_of(step, config)
-    pairs, about = data.pairs if number else data.cold, {}
-    if number and config.pairs != "offline":
-        refresh(decoder, policy)
-        n = n_open(len(data.problems), step, config)
-        picked = rows_of_step(n, min(config.round_prompts, n), number, config.seed)
-        say(f"round {number} of pairs: sampling {config.num_generations} completions of each of {len(picked)} prompts")
-        pairs, about = sample_pairs(decoder, tokenizer, [data.problems[i] for i in picked],
-                                    [data.prompts[i] for i in picked], number, config, world)
-        if not pairs:
-            fault = f"step {step + 1}: of {len(picked)} prompts none gave a pair: " + (
-                "all completions were right" if about["reward"] == 1 else "no right one and a wrong one to compare")
-            if number == 1:
-                raise RunError(fault)
-            if world.rank == 0:
-                print(f"warning, {fault}; the pairs before them are used again", file=sys.stderr)
-            return before, about
-        if world.rank == 0:
-            write_pairs(Path(config.output_dir), step, pairs, data, tokenizer)
-    if flags.loss_type in REFERENCE_FREE:
-        return Round(pairs, torch.zeros(len(pairs), 2)), about
-    keep = config.pairs == "offline" and config.reference_cache
-    return Round(pairs, (cached_reference if keep else reference_logps)(policy, pairs, config, world)), about
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
 
 
-def pair_batch_loss(policy, batch, pairs, reference_PC, n_pairs, config):
-    """The batch's share of the step's loss, and of the numbers logged; n_pairs are those of the whole step."""
-    logps_PC, own = policy(batch), [pairs[i] for i in batch.rows]
-    reference_PC = reference_PC[batch.rows].to(logps_PC)
-    lengths_PC = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in own]).to(logps_PC).view(-1, 2)
-    values_PC = torch.tensor([pair.values for pair in own]).to(logps_PC).view(-1, 2)
-    losses_P, rewards_PC = pair_losses(logps_PC, reference_PC, lengths_PC, values_PC, config)
-    logps_PC = logps_PC.detach()
-    numbers = {"logps/chosen": logps_PC[:, 0], "logps/rejected": logps_PC[:, 1]}
-    if config.loss_type != "sft":
-        numbers |= {"rewards/chosen": rewards_PC[:, 0], "rewards/rejected": rewards_PC[:, 1],
-                    "rewards/margins": gap(rewards_PC), "rewards/accuracies": gap(rewards_PC) > 1e-4}
-    if config.loss_type not in REFERENCE_FREE:  # 1e-3 nats, and 1e-4 above, are more than float32's rounding
-        numbers["logps/chosen_fell"] = logps_PC[:, 0] < reference_PC[:, 0] - 1e-3
-    return losses_P.sum() / n_pairs, {name: value_P.sum() / n_pairs for name, value_P in numbers.items()}
+class PairBatch(NamedTuple):
+    """The tensors of one forward. A line holds a prompt and the completions that continue it, one after the other."""
+
+    ids_BS: torch.Tensor  # token ids without each completion's last, from which nothing is predicted; right-padded
+    positions_BS: torch.Tensor  # where each token stands in its own sequence: completions begin at the same place
+    mask_B1SS: torch.Tensor | None  # bool: may query see key? None: all that stands before it
+    where_N: torch.Tensor  # the flat place in ids_BS that each trained token is predicted from
+    targets_N: torch.Tensor  # the trained tokens
+    slots_N: torch.Tensor  # where each belongs in [P, C, longest completion], flattened
+    rows: list  # the index of each pair in its step
+    longest: int  # tokens of the longest completion
+
+
+def line_tokens(pair, share_prefix):
+    """What a pair costs in a forward, in tokens."""
+    read = [max(0, len(ids) - 1) for ids in pair[1:3]]
+    return len(pair.prompt) + sum(read) if share_prefix else 2 * (len(pair.prompt) + max(read))
+
+
+def collate_pairs(pairs, rows, share_prefix, device):
+    """One forward's tensors from its rows (indices into `pairs`); no row at all gives one that trains nothing.
+
+    With share_prefix a pair is one line whose completions do not see each other, else a line each, where no mask is
+    needed: nothing before a pad can see it.
+    """
+    lines, where, targets, slots = [], [], [], []  # lines: (token ids, their positions, the side each belongs to)
+    longest = max([1, *(len(ids) for row in rows for ids in pairs[row][1:3])])
+    for i, row in enumerate(rows):
+        prompt, *completions = pairs[row][:3]
+        for sides in ([0, 1],) if share_prefix else ([0], [1]):
+            ids, positions, owners = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+            for side in sides:
+                completion, first = completions[side], (2 * i + side) * longest
+                n_read = max(0, len(completion) - 1)  # from its last token nothing is predicted
+                places = [len(prompt) - 1, *range(len(ids), len(ids) + n_read)][: len(completion)]
+                where += [(len(lines), place) for place in places]
+                targets += completion
+                slots += range(first, first + len(completion))
+                ids = ids + completion[:-1]
+                positions += range(len(prompt), len(prompt) + n_read)
+                owners += [1 + side] * n_read
+            lines.append((ids, positions, owners))
+    lines = lines or [([0], [0], [0])]
+    width = max(len(ids) for ids, _, _ in lines)
+    ids_BS, positions_BS, owner_BS = torch.tensor(
+        [[part + [0] * (width - len(part)) for part in line] for line in lines], device=device).unbind(1)
+    mask_B1SS = None
+    if share_prefix:
+        key_B1S, query_BS1 = owner_BS[:, None], owner_BS[:, :, None]
+        before_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        mask_B1SS = (((key_B1S == 0) | (key_B1S == query_BS1)) & before_SS)[:, None]
+    where = [line * width + place for line, place in where]
+    where_N, targets_N, slots_N = (torch.tensor(x, dtype=torch.long, device=device) for x in (where, targets, slots))
+    return PairBatch(ids_BS, positions_BS, mask_B1SS, where_N, targets_N, slots_N, list(rows), longest)
+
+
+# --- model ---
+
+
+class PairPolicy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        """Log-probs of both completions of each pair, summed over their tokens: float32 [P, C]."""
+        places = {} if batch.mask_B1SS is None else {"attention_mask": batch.mask_B1SS,
+                                                     "position_ids": batch.positions_BS}
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BS, use_cache=False, **places).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        logps_N, _ = linear_logps(hidden_ND, weight_VD, batch.targets_N, entropy=False, softcap=softcap(self.model))
+        logps_PCT = logps_N.new_zeros(len(batch.rows), 2, batch.longest)  # index_add has no fixed order on a GPU
+        return logps_PCT.flatten().index_copy(0, batch.slots_N, logps_N).view_as(logps_PCT).sum(-1)
+
+
+def can_share_prefix(model):
+    """Does the model take a mask of who sees whom? Not with sliding windows, recurrent layers, or other attention."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+@torch.no_grad()
+def reference_logps(policy, pairs, config, world):
+    """Log-probs of every pair under the policy as it now stands: float32 [P, C] on the CPU, on every process."""
+    policy.eval()  # the reference has no dropout
+    found_PC = torch.zeros(len(pairs), 2, device=world.device)
+    parts = micro_batches([line_tokens(pair, config.share_prefix) for pair in pairs],
+                          config.per_device_train_batch_size, config.micro_batch_tokens, world)
+    for part in parts:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            found_PC[part] = policy(collate_pairs(pairs, part, config.share_prefix, world.device))
+    if world.size > 1:
+        dist.all_reduce(found_PC)
+    policy.train()
+    return found_PC.cpu()
 
 
 def show_pair(pair, tokenizer):
     """Prints a pair as it is trained on, special tokens included."""
     texts = (tokenizer.decode(ids, skip_special_tokens=False) for ids in pair[:3])
-    say("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts))
+    print("the first pair\n  prompt:   {!r}\n  chosen:   {!r}\n  rejected: {!r}".format(*texts), flush=True)
+
+
+# --- main ---
+
+
+def check_config(config):
+    """Raises InputError for flags of this script that cannot be meant together; fills in what depends on others."""
+    if not config.temperature > 0:
+        raise InputError(f"--temperature {config.temperature}: must be above 0 (at 0 all completions are equal)")
+    if not config.step_separator:
+        raise InputError("--step_separator: must not be empty")
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        raise InputError(f"--label_smoothing {config.label_smoothing}: only for --loss_type sigmoid")
+    if config.loss_type == "step_apo" and config.pairs != "steps":
+        raise InputError("--loss_type step_apo: needs the values that --pairs steps measures")
+    if config.num_train_epochs and config.pairs != "offline":
+        raise InputError(f"--num_train_epochs {config.num_train_epochs}: only with --pairs offline")
+    if config.easy_to_hard and config.pairs != "offline" and not config.resample_steps:
+        raise InputError("--easy_to_hard: with --resample_steps 0 the one round would hold the easiest fifth alone")
+    config.beta = config.beta or USUAL_BETA[config.loss_type]
+    if config.pairs != "offline":  # offline the budget counts pairs, of which a row may give none
+        config.n_train = config.budget or config.n_train
 
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_fell",
@@ -826,53 +799,65 @@ SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps
 
 
 def main(config):
-    check_frame(config)
     check_config(config)
-    world = start_world(config)
-    args = run_args(config, world)
-    resume, finished = on_rank_0(lambda: open_run(config, args), world)
-    if finished:
+    world = start(config)
+
+    # what was asked for, and the checkpoint to go on from
+    examples, eval_problems = load_examples(config), load_eval_problems(config)
+    args, resume = on_rank_0(lambda: open_run(config, examples, world), world)
+    if args["finished"]:
         return
-    eval_problems = load_eval_problems(config)
-    model, tokenizer = load_model(str(resume) if resume and not config.fsdp else config.model_name_or_path,
-                                  chat_template=config.chat_template)
-    data = load_data(config, tokenizer)
-    fill_learning_rate(config, model, small=2e-5, large=1e-6)
-    config.sft_learning_rate = config.sft_learning_rate or (3e-3 if model.num_parameters() < 10_000_000 else 2e-5)
+    model, tokenizer = load_model(str(resume or config.model_name_or_path), chat_template=config.chat_template)
+    small = model.num_parameters() < 10_000_000
+    config.learning_rate = config.learning_rate or (2e-5 if small else 1e-6)
+    config.sft_learning_rate = config.sft_learning_rate or (3e-3 if small else 2e-5)
     config.share_prefix = config.share_prefix and can_share_prefix(model)
+
+    # the pairs and prompts to train on
+    data = make_data(examples, tokenizer, config)
     if config.num_train_epochs:
         config.max_steps = math.ceil(config.num_train_epochs * len(data.cold + data.pairs) / args["rows_per_step"])
     check_phases(data, config)
-    run = begin_run(config, world, resume, args, model, [data.cold, data.pairs, data.prompts,
-                                                  [problem.answer for problem in data.problems]])
+    run, log, stop = Path(config.output_dir), Log(args, resume, model, config, world), stop_signals()
 
+    # the policy that learns, and a copy of it that samples
     decoder = make_decoder(model, config, world)
-    policy = distribute(PairPolicy(model), config, world)
+    policy = shard(PairPolicy(model.train()), config, world)
     optimizer = make_optimizer(policy, config)
     state, current = {"step": 0, "bad_steps": 0, "about": {}, "rollouts": 0}, None
     if resume:
-        state, tensors = load_checkpoint(resume, policy, optimizer, config)
-        current = restored_round(tensors, data.pairs if state["step"] > cold_steps(config) else data.cold)
-    log, stop = Log(run, config, world), StopSignal()
+        state = load_checkpoint(resume, moments(policy, optimizer), world)
+        current = restored_round(state["round"], data.pairs if state["step"] > cold_steps(config) else data.cold)
     if eval_problems and config.eval_on_start and state["step"] == 0:
-        log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, eval_problems, config, world), SHOWN)
+        refresh(decoder, policy)
+        log.step(0, eval_numbers(decoder, tokenizer, eval_problems, 0, log, config), SHOWN)
 
     while state["step"] < config.max_steps:
         began, step = time.perf_counter(), state["step"]
         flags, since = phase_of(step, config)
         number, first = round_of(step, config)
+        sampled = number > 0 and config.pairs != "offline"
+
+        # where a round begins: its pairs, and their log-probs under the policy as it now stands
         if step == first:
             current, about = begin_round(data, current, step, decoder, policy, tokenizer, config, world)
             state["rollouts"] += about.get("rollouts", 0)
             state["about"] = about and {**about, "rollouts": state["rollouts"]}
-            if since == 0:
-                optimizer.state.clear()  # its moments are another loss's
-                show_pair(current.pairs[0], tokenizer)
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
-        sampled = number > 0 and config.pairs != "offline"
+            state["round"] = current.text(sampled)
+            if about.get("num_pairs"):
+                write_pairs(log, step, current.pairs, data, tokenizer)
+
+        # where a phase begins: the moments of the optimizer are those of another loss
+        if since == 0:
+            optimizer.state.clear()
+            show_pair(current.pairs[0], tokenizer)
+
+        # the pairs of this step, a function of its number alone
         n = len(current.pairs) if sampled else n_open(len(current.pairs), step, config)
         indices = rows_of_step(n, args["rows_per_step"], step - first, config.seed + 1_000_003 * number)
         chosen, reference_PC = [current.pairs[i] for i in indices], current.reference_PC[indices]
+
+        # forwards of pairs of like length, and one optimizer step; each phase has a learning rate schedule of its own
         lengths = [line_tokens(pair, config.share_prefix) for pair in chosen]
         parts = micro_batches(lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
         batches = [collate_pairs(chosen, part, config.share_prefix, world.device) for part in parts]
@@ -880,20 +865,23 @@ def main(config):
         def loss_of(policy, batch):
             return pair_batch_loss(policy, batch, chosen, reference_PC, len(chosen), flags)
 
-        numbers, taken = train_step(policy, optimizer, batches, loss_of, since, flags, world)
-        note_step(run, state, taken, indices, config, world)
+        rate = learning_rate(since, flags)
+        numbers, taken = train_step(policy, optimizer, batches, loss_of, step, at_rate(rate, flags), world)
+        log.count(state, taken, indices)
         numbers = {**state["about"], **numbers}
+
+        # evaluate, log, save
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
-            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
+            refresh(decoder, policy)
+            numbers |= eval_numbers(decoder, tokenizer, eval_problems, state["step"], log, config)
         log.step(state["step"], numbers, SHOWN, sum(lengths), seconds)
-        stopping = stop.agreed(world)
+        [stopping] = total([len(stop)], world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            current.tensors() if sampled else {"reference_PC": current.reference_PC})
+            save_checkpoint(run, state, policy, tokenizer, moments(policy, optimizer), world)
         if stopping and not last:
-            leave(run, state, stopping)
-    end_run(run, policy, tokenizer, world)
+            leave(run, state, stop)
+    finish_run(run, policy, tokenizer, world)
 
 
 # --- frame: the same text in all five scripts ---
@@ -1056,7 +1044,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():

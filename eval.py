@@ -50,6 +50,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -69,6 +70,7 @@ from transformers.hf_argparser import string_to_bool
 
 transformers.logging.disable_progress_bar()  # one for every save and load would bury the lines of a run
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process saves its checkpoints alone
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # to which nothing is written in place
 
 # --- problems ---
 
@@ -117,17 +119,18 @@ def load_problems(name, split="train", n=None, seed=0, *, prompt_column=None, an
     set `owner/name` or `owner/name:configuration`. n=None takes all there is, in its order.
     `levels` "1-3,5" and `domains` "add,mul" choose among data that has levels or domains; "" takes all.
     `error_rate`: share of wrong steps in the *solutions* of `chain` (and of nothing else); the answers stay right.
-    `prompt_template` is put around each prompt (of a chat: around its last message).
+    `prompt_template` is put around each prompt (of a chat: around its last message). An InputError names the flags of
+    training data.
     """
     if "{prompt}" not in prompt_template:
         raise InputError(f"--prompt_template {prompt_template!r}: must contain {{prompt}}")
     if n is not None and n < 1:
-        raise InputError(f"--n_problems {n}: must be at least 1")
+        raise InputError(f"--n_train {n}: must be at least 1")
     if not 0 <= error_rate <= 1:
         raise InputError(f"--error_rate {error_rate}: must be a share between 0 and 1")
     procedural = name == "chain" or name.startswith("reasoning_gym:")
     if procedural and split not in ("train", "validation", "test"):
-        raise InputError(f"--split {split}: a procedural data set has train, validation and test")
+        raise InputError(f"--dataset_train_split {split}: a procedural data set has train, validation and test")
     wanted_levels = parse_levels(levels)
     wanted_domains = [domain.strip() for domain in domains.split(",") if domain.strip()]
     if name == "chain":
@@ -287,14 +290,14 @@ def read_hub(name, split):
     if name in BENCHMARKS:
         hub_name, configuration, splits = BENCHMARKS[name]
         if split not in splits:
-            raise InputError(f"--split {split}: {name} has {', '.join(splits)}")
+            raise InputError(f"--dataset_train_split {split}: {name} has {', '.join(splits)}")
         split = splits[split]
     elif name == "openai/gsm8k":
         configuration = "main"
     try:
         return datasets.load_dataset(hub_name, configuration or None, split=split).to_list()
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such data set, split or configuration
-        raise InputError(f"--dataset_name {name}, --split {split}: cannot be loaded from the hub "
+        raise InputError(f"--dataset_name {name}, --dataset_train_split {split}: cannot be loaded from the hub "
                          f"({first_line(error)})") from error
 
 
@@ -647,6 +650,8 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{flag}: cannot be loaded ({first_line(error)})") from error
+    for weight in model.parameters():  # in memory of its own: how a file's is aligned decides how products are rounded
+        weight.data = weight.data.clone()
     check_head(model, flag)
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)
     return model, tokenizer
@@ -1292,6 +1297,8 @@ class RunFlags:
         check_flags(self)
         if "{prompt}" not in self.prompt_template:
             raise InputError(f"--prompt_template {self.prompt_template}: must contain {{prompt}}")
+        if self.report_to == "wandb" and find_spec("wandb") is None:
+            raise InputError("--report_to wandb: needs `pip install wandb`")
 
 
 @dataclass
@@ -1342,7 +1349,7 @@ def parse_flags(Config, usage, about, arguments=None):
             said += f": {', '.join(choices)}"
         groups[title].add_argument(f"--{item.name}", type=kind, default=default, help=said,
                            metavar="bool" if kind is string_to_bool else kind.__name__, **more)
-    spelled = [re.sub(r"^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word)
+    spelled = [re.sub(r"^--[\w-]+(?==|$)", lambda found: "--" + found[0][2:].replace("-", "_"), word)
                for word in (sys.argv[1:] if arguments is None else arguments)]
     found, words = parser.parse_known_args(spelled)
     for word in words:
@@ -1433,10 +1440,11 @@ def open_run(config, data, world):
     """
     run, args = Path(config.output_dir), describe_run(config, data, world)
     for name, value in args["flags"].items():  # a model or data in the folder that is written to, or deleted
-        given = Path(value) if isinstance(value, str) and value and name != "output_dir" else None
-        if given and given.exists() and run.resolve() in (given.resolve(), *given.resolve().parents):
-            raise InputError(f"--output_dir {run}: --{name} {value} is in it")
-    if not run.exists() or {path.name for path in run.iterdir()} <= {"args.json.tmp"}:  # a kill leaves that
+        if name != "output_dir" and isinstance(value, str) and value and os.path.exists(value):
+            given = Path(value).resolve()
+            if run.resolve() in (given, *given.parents):
+                raise InputError(f"--output_dir {run}: --{name} {value} is in it")
+    if not run.exists() or (run.is_dir() and {path.name for path in run.iterdir()} <= {"args.json.tmp"}):  # a kill
         return args, None
     if not (run / "args.json").is_file():
         raise InputError(f"--output_dir {run}: in use, and not by a run of these scripts (it has no args.json)")
@@ -1446,8 +1454,9 @@ def open_run(config, data, world):
         before = json.loads((run / "args.json").read_text())
     except ValueError as error:
         raise InputError(f"--output_dir {run}: its args.json is damaged; --overwrite starts over") from error
-    if before.get("format") != args["format"]:
-        raise InputError(f"--output_dir {run}: holds a run of another version of these scripts; --overwrite deletes it")
+    if not isinstance(before, dict) or before.get("format") != args["format"]:
+        raise InputError(f"--output_dir {run}: holds a run of another version of these scripts, or half a run; "
+                         "--overwrite deletes it")
     rows = "per_device_train_batch_size x gradient_accumulation_steps x processes ="
     for name, known_as in (("script", "script"), ("rows_per_step", rows)):
         if before[name] != args[name]:
@@ -1456,7 +1465,8 @@ def open_run(config, data, world):
     for about in fields(config):
         value, other = args["flags"][about.name], before["flags"].get(about.name)
         if value != other and not about.metadata["free"]:
-            raise InputError(f"--{about.name} {value}: the run in --output_dir {run} has {other}; --overwrite deletes it")
+            raise InputError(f"--{about.name} {value}: the run in --output_dir {run} has {other}; "
+                             "--overwrite deletes it")
     if before["data_sha256"] != args["data_sha256"]:
         name = "dataset_name" if "dataset_name" in args["flags"] else "domains"
         raise InputError(f"--{name} {args['flags'][name]}: not the data this run began with; --overwrite starts over")
@@ -1474,7 +1484,8 @@ def file_sizes(checkpoint):
 def is_whole(checkpoint):
     """Are all files of a checkpoint there, in full?"""
     try:
-        return file_sizes(checkpoint) == json.loads((checkpoint / "state.json").read_text())["sizes"]
+        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
+        return sizes.items() <= file_sizes(checkpoint).items()  # more may have been put there
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -1496,7 +1507,7 @@ def newest_checkpoint(run):
 
 
 def keep_checkpoint(aside, state):
-    """Makes the folder `aside` the checkpoint of state["step"], whole or not at all, and keeps the newest two whole ones.
+    """Makes the folder `aside` the checkpoint of state["step"], whole or not at all; keeps the newest two whole ones.
 
     The files are synced to the disk before the folder gets its name, so that a power cut finds none that is half there.
     """
@@ -1527,8 +1538,8 @@ def publish(run):
 class Log:
     """What a run writes as it goes: metrics.jsonl and its companions, lines on the screen, wandb where asked for.
 
-    Made when all that was given has been found usable: it begins the folder, or deletes with --overwrite what was
-    there, or cuts the files of a continued run back to its checkpoint, so that they end up as if it had never stopped.
+    Made when all that was given has been found usable: it begins the folder, or with --overwrite deletes what is in
+    it, or cuts the files of a continued run back to its checkpoint, so that they end up as if it had never stopped.
     Only the first process writes.
     """
 
@@ -1551,13 +1562,13 @@ class Log:
                                     config=about | asdict(config), resume="allow", reinit="finish_previous")
 
     def begin(self, args):
-        """Makes the folder with args.json in it. An earlier run goes at once, by a new name, before it is deleted."""
-        if self.config.overwrite and self.run.exists():
-            old = self.run.with_name(self.run.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)  # a kill leaves that
-            os.rename(self.run, old)
-            shutil.rmtree(old)
+        """Makes the folder with args.json in it; with --overwrite, all else goes first."""
         self.run.mkdir(parents=True, exist_ok=True)
+        if self.config.overwrite:
+            write_json(self.run / "args.json", {})  # a half deleted run is nobody's: only --overwrite accepts it
+            for path in self.run.iterdir():
+                if path.name != "args.json":
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         write_json(self.run / "args.json", args)
 
     def cut(self, step):
@@ -1623,9 +1634,18 @@ def load_eval_problems(config):
         print("no evaluation while training: --eval_dataset_name names the problems for it", flush=True)
     if not config.eval_steps or not name:
         return []
-    return load_problems(name, config.dataset_test_split, config.n_eval, config.seed, levels=config.levels,
-                         domains=config.domains, prompt_column=config.prompt_column,
-                         answer_column=config.answer_column, prompt_template=config.prompt_template)
+    return load_test_problems(config, name, "--eval_dataset_name" if config.eval_dataset_name else "--dataset_name")
+
+
+def load_test_problems(config, name, known_as="--dataset_name"):
+    """--n_eval problems (0: all) of --dataset_test_split of `name`, the value of the flag known_as."""
+    try:
+        return load_problems(name, config.dataset_test_split, config.n_eval or None, config.seed, levels=config.levels,
+                             domains=config.domains, prompt_column=config.prompt_column,
+                             answer_column=config.answer_column, prompt_template=config.prompt_template)
+    except InputError as error:  # it names the flags of training data
+        fault = str(error).replace("--dataset_train_split", "--dataset_test_split")
+        raise InputError(fault.replace("--dataset_name", known_as)) from error
 
 
 def eval_numbers(decoder, tokenizer, problems, step, log, config):
@@ -1746,7 +1766,8 @@ def results_table(config, checkpoints, evaluations, comparisons):
     title = f"{config.dataset_name}, {config.dataset_test_split}: {first[main]['n_problems']} problems"
     columns = [("greedy", "greedy", "accuracy")] if "greedy" in first else []
     if main == "sampled":
-        title += f", {config.num_generations} samples each at temperature {config.temperature:g}, top-p {config.top_p:g}"
+        title += (f", {config.num_generations} samples each at temperature {config.temperature:g}, "
+                  f"top-p {config.top_p:g}")
         columns += [(f"avg@{config.num_generations}", main, "accuracy")]
         columns += [(key, main, key) for key in first[main] if re.fullmatch(r"(pass|maj)@\d+", key) and key != "pass@1"]
     lines = [f"{title}, at most {config.max_completion_length} tokens, seed {config.seed}",
@@ -1820,9 +1841,7 @@ def main(config, checkpoints):
     if not checkpoints:
         raise InputError("name at least one checkpoint: eval.py CHECKPOINT [CHECKPOINT ...] (--help says more)")
     ks = read_ks(config)
-    problems = load_problems(config.dataset_name, config.dataset_test_split, config.n_eval or None, config.seed,
-                             prompt_column=config.prompt_column, answer_column=config.answer_column,
-                             levels=config.levels, domains=config.domains, prompt_template=config.prompt_template)
+    problems = load_test_problems(config, config.dataset_name)
     evaluations = run_evaluations(config, checkpoints, problems, ks)
     comparisons = compare(checkpoints, evaluations, config.against, config.seed)
     write_results(config, checkpoints, evaluations, comparisons, problems)

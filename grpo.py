@@ -1235,7 +1235,7 @@ def batches_of(rows, config, world):
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
 
     def __init__(self, model):
         super().__init__()
@@ -1664,7 +1664,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():

@@ -18,26 +18,21 @@ E experts · K chosen · L layers · G groups of tokens that share one f · M do
     python moe.py                     # 0.6 M parameters; code, documentation, sums; no network; 2.5 minutes
     python moe.py --upcycle Qwen/Qwen3-0.6B --num_experts 8 --domains a.jsonl,owner/dataset --output_dir runs/up \
         --max_length 2048 --per_device_train_batch_size 4 --gradient_accumulation_steps 16 --n_train 0   # one GPU
-    torchrun --nproc-per-node 8 moe.py --fsdp ...     # several GPUs
+    torchrun --nproc-per-node 8 moe.py ...            # several GPUs
 """
 
 import contextlib
 import copy
 import glob
-import hashlib
 import json
 import math
 import os
-import platform
-import resource
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -48,34 +43,34 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eval import (BENCHMARKS, SUFFIXES, InputError, char_tokenizer, flag, generate, load_model, load_problems,
-                  new_figure, parse_flags, plot_runs, read_rows, save_figure, softcap, split_of)
+from eval import (BENCHMARKS, SUFFIXES, InputError, Log, RunError, RunFlags, char_tokenizer, flag, generate,
+                  keep_checkpoint, launch, leave, load_model, load_problems, new_figure, open_run, publish, read_rows,
+                  save_figure, softcap, split_of, stop_signals, write_json)
 from kernels import linear_logps, moe_experts
 
 # --- config ---
 
+SCOPES = ("micro", "sequence", "sync", "global", "exact", "shuffle", "bias", "none")
+
 
 @dataclass
 class Config(RunFlags):
-    SECTIONS = {"model_name_or_path": "model", "balance": "balance", "domains": "data",
-                "output_dir": "the run's folder", "per_device_train_batch_size": "optimizer and memory",
-                "logging_steps": "logs, evaluation, checkpoints"}
+    SECTIONS = {"model_name_or_path": "model", "from_scratch": "its weights and shape", "balance": "balance",
+                "domains": "data", "output_dir": "the run's folder",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
     model_name_or_path: str = flag("tiny", "`tiny`: built from the sizes below; or a Qwen3-MoE, a folder or hub name")
     from_scratch: bool = flag(False, "draw new weights in the shape of model_name_or_path instead of loading them")
     upcycle: str = flag("", "a dense Qwen3 whose feed-forward blocks become num_experts copies; empty: none")
     reinit: float = flag(0.0, "`upcycle`: share of each expert's inner channels drawn anew (Drop-Upcycling: 0.5)",
-                         low=0)
+                         low=0, high=1)
     hidden_size: int = flag(96, "`tiny`: model width; a multiple of 2 x num_attention_heads", low=8)
     num_hidden_layers: int = flag(3, "`tiny`: layers", low=1)
     num_attention_heads: int = flag(4, "`tiny`: attention heads", low=1)
@@ -86,7 +81,7 @@ class Config(RunFlags):
     gate: str = flag("softmax", "softmax, or sigmoid as in DeepSeek-V3, which transformers' Qwen3-MoE cannot hold",
                      choices=("softmax", "sigmoid"))
     balance: str = flag("global", "where f is counted: micro, sequence, sync, global, exact, shuffle; or bias, none",
-                        choices=scopes)
+                        choices=SCOPES)
     balance_coef: float = flag(0.01, "weight of the load-balancing loss, which is 1 at balance (the paper: 0.008)",
                                low=0)
     balance_rows: int = flag(0, "rows that share one f under `micro` and `shuffle`; 0: all rows of a forward", low=0)
@@ -110,6 +105,7 @@ class Config(RunFlags):
     micro_batch_tokens: int = flag(0, "padded tokens in one forward at most, which cuts micro-batches; 0: no limit",
                                    low=0, free=True)
     max_steps: int = flag(600, "optimizer steps", low=1)
+    learning_rate: float = flag(0.0, "peak learning rate; 0: 3e-3 under 10 M parameters, 3e-4 above", low=0)
     lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: float = flag(0.03, "steps of linear warm-up; below 1: this share of all steps", low=0)
     max_length: int = flag(256, "tokens of a row; short documents share one, long ones are cut", low=2)
@@ -175,6 +171,125 @@ def moved_bias(bias_LE, counts_LE, rate, rule):
     missing_LE = 1 - counts_LE / counts_LE.mean(-1, keepdim=True).clamp(min=1e-9)
     bias_LE = bias_LE + rate * (missing_LE.sign() if rule == "sign" else missing_LE)
     return bias_LE - bias_LE.mean(-1, keepdim=True)
+
+
+# --- balance ---
+
+
+def all_reduced(tensor):
+    """The tensor summed over all processes; its argument is left alone."""
+    tensor = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class Balance:
+    """The loss of one optimizer step, and the counts it rests on. f comes from:
+
+    micro      the rows of a forward, or every --balance_rows of them: what frameworks did for long
+    sequence   each document by itself: DeepSeek-V3's complement
+    sync       the forwards that all processes do at the same time
+    global     those and all before them in the optimizer step: the paper's buffer, its Algorithm 1
+    exact      the whole step, counted in a forward pass of its own: what `global` approaches; for tests
+    shuffle    as many tokens as under micro, but drawn from the whole step: the paper's control; counted as exact is
+    bias, none    nothing: no such loss, but for the one that --micro_fraction adds in every scope
+    """
+
+    def __init__(self, policy, names, config, world):
+        self.model, self.names, self.config, self.world = policy.model, names, config, world
+        self.n_layers, self.n_experts = len(moe_layers(self.model)), self.model.config.num_experts
+
+    def begin(self, step, policy, batches, n_tokens):
+        """Before an optimizer step: empties the buffers, and counts in advance where the scope wants it."""
+        config = self.config
+        then, _, since = config.balance_switch.partition("@")
+        self.scope = then if then and step >= int(since) else config.balance
+        self.n_tokens, self.routing = n_tokens, self.new_routing()
+        self.buffer_L1E = torch.zeros(self.n_layers, 1, self.n_experts, device=self.world.device)
+        if self.scope in ("exact", "shuffle"):
+            with forward_only(policy, config, self.world):
+                ids_LCK = torch.cat([policy(batch)[2][:, batch.where_C] for batch in batches], 1)
+            if self.scope == "exact":
+                self.buffer_L1E = all_reduced(self.chosen(ids_LCK).sum(1, keepdim=True))
+            else:
+                self.pool_LCK = self.shuffled(ids_LCK, step)
+
+    def shuffled(self, ids_LCK, step):
+        """This process's share of the choices of the step's tokens, of all processes, in random order."""
+        parts = [ids_LCK.cpu()] * self.world.size
+        if dist.is_initialized():
+            dist.all_gather_object(parts, parts[0])
+        first, whole = sum(part.shape[1] for part in parts[: self.world.rank]), torch.cat(parts, 1)
+        rng = torch.Generator().manual_seed(hash((self.config.seed, step)))
+        order = torch.randperm(whole.shape[1], generator=rng)
+        return whole[:, order[first : first + ids_LCK.shape[1]]].to(ids_LCK.device)
+
+    def chosen(self, ids_LNK):
+        """1.0 at each expert a token has chosen, else 0.0: [L, N, E]."""
+        return torch.zeros(*ids_LNK.shape[:2], self.n_experts, device=ids_LNK.device).scatter_(-1, ids_LNK, 1.0)
+
+    def new_routing(self):
+        """An empty Routing for this model and these domains."""
+        return Routing(self.n_layers, len(self.names), self.n_experts, self.world.device)
+
+    def group_counts(self, batch, chosen_LNE, micro_GN):
+        """(counts_LGE that f comes from, member_GN: the tokens it is for) in this step's scope."""
+        mask_N = batch.mask_BS.flatten()
+        if self.scope == "micro":
+            return micro_GN @ chosen_LNE, micro_GN
+        if self.scope == "sequence":
+            member_GN = members(batch.document_N, mask_N, batch.n_documents, chosen_LNE)
+            return member_GN @ chosen_LNE, member_GN
+        if self.scope == "shuffle":  # the groups keep their sizes and get other tokens
+            C = len(batch.where_C)
+            mine_LCK, self.pool_LCK = self.pool_LCK[:, :C], self.pool_LCK[:, C:]
+            return micro_GN[:, batch.where_C] @ self.chosen(mine_LCK).to(chosen_LNE.dtype), micro_GN
+        whole_1N = mask_N[None].to(chosen_LNE.dtype)
+        if self.scope == "sync":
+            return all_reduced(whole_1N @ chosen_LNE), whole_1N
+        if self.scope == "global":
+            self.buffer_L1E = self.buffer_L1E + all_reduced(whole_1N @ chosen_LNE)
+        return self.buffer_L1E.to(chosen_LNE.dtype), whole_1N
+
+    def measure(self, policy, batch, routing):
+        """One forward, added to `routing`: (logps_BS, logits_LNE, probs_LNE, chosen_LNE, member_GN of `micro`)."""
+        logps_BS, logits_LNE, ids_LNK = policy(batch)
+        scores_LNE = gate_scores(logits_LNE, self.config.gate)
+        probs_LNE = scores_LNE / scores_LNE.sum(-1, keepdim=True)  # a softmax's sum is 1 already
+        (B, S), mask_N = batch.mask_BS.shape, batch.mask_BS.flatten()
+        row_N = torch.arange(B, device=mask_N.device).repeat_interleave(S)
+        size = self.config.balance_rows or B
+        micro_GN = members(row_N // size, mask_N, -(-B // size), probs_LNE)
+        found = logps_BS, logits_LNE, probs_LNE, self.chosen(ids_LNK).to(probs_LNE.dtype), micro_GN
+        routing.add(batch, *found)
+        return found
+
+    def loss_of(self, policy, batch):
+        """The loss of one forward, as train_step wants it."""
+        config, n_tokens = self.config, self.n_tokens
+        logps_BS, logits_LNE, probs_LNE, chosen_LNE, micro_GN = self.measure(policy, batch, self.routing)
+        loss = nll_loss(logps_BS, batch.mask_BS, n_tokens)
+        with torch.autocast(self.world.device.type, enabled=False):  # a count in bfloat16 would stop at 256
+            found_L = probs_LNE.new_zeros(self.n_layers)
+            if self.scope not in ("bias", "none"):
+                counts_LGE, member_GN = self.group_counts(batch, chosen_LNE, micro_GN)
+                found_L = balance_loss(member_GN @ probs_LNE, counts_LGE, n_tokens)
+            if config.micro_fraction:
+                local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
+                found_L = found_L + config.micro_fraction * local_L
+            loss = loss + config.balance_coef * found_L.mean()
+            if config.z_loss_coef:
+                loss = loss + config.z_loss_coef * z_loss(logits_LNE, batch.mask_BS.flatten(), n_tokens).mean()
+        return loss, {}
+
+    def end(self, taken):
+        """After the step: the numbers to log; under `bias`, the bias moves, once and by the counts of all processes."""
+        numbers = self.routing.metrics(self.names)
+        if self.scope == "bias" and taken:
+            loads_LE, config = self.routing.counts_LME.sum(1).float(), self.config
+            set_bias(self.model, moved_bias(bias_of(self.model), loads_LE, config.bias_rate, config.bias_rule))
+        return numbers
 
 
 # --- measures ---
@@ -357,17 +472,17 @@ def synthetic_texts(domain, split, n, config):
     return ["".join(chr(33 + symbol) for symbol in row) for row in found_RT.tolist()]
 
 
-def make_stream(name, split, n_rows, tokenizer, config):
-    """The Stream of a domain's split, n_rows rows at most (0: all). InputError where there is no text at all."""
+def make_stream(name, texts, n_rows, tokenizer, config):
+    """The Stream of a domain's documents, n_rows rows at most (0: all). InputError where they hold no text at all."""
     n_tokens, ids, positions = n_rows * config.max_length, array("i"), array("i")  # a list takes 70 bytes a token
     end = [] if name.startswith("synthetic:") else [tokenizer.eos_token_id]  # its texts fill their rows
-    for text in documents(name, split, n_tokens, config):
+    for text in texts:
         ids.extend(tokenizer(text, add_special_tokens=False).input_ids + end)
         positions.extend(range(len(ids) - len(positions)))
         if n_tokens and len(ids) >= n_tokens:
             break
     if len(ids) < 2:
-        raise InputError(f"--domains {name}: holds no text for the {split} split")
+        raise InputError(f"--domains {name}: holds no text to train on, or none to hold out for --eval_steps")
     n = min(len(ids), n_tokens or len(ids))
     n -= n % config.max_length == 1  # a row of one token predicts nothing
     ids, positions = (np.array(values[:n], dtype=np.int32) for values in (ids, positions))
@@ -516,7 +631,7 @@ def set_bias(model, bias_LE):
 
 
 class RoutedPolicy(nn.Module):
-    """A causal language model whose forward gives log-probs and the routing, so that DDP and FSDP see all it uses."""
+    """A causal language model whose forward gives log-probs and the routing, so that FSDP sees all it uses."""
 
     def __init__(self, model):
         super().__init__()
@@ -595,21 +710,26 @@ def upcycle(dense, config):
     return model
 
 
+def router_of(model, gate):
+    """What Qwen3-MoE cannot hold: {"gate", "bias_LE"}, for JSON, which keeps every bit of a float32."""
+    return {"gate": gate, "bias_LE": bias_of(model).tolist()}
+
+
 def saved_router(folder):
-    """What Qwen3-MoE cannot hold, {"gate", "bias_LE"}, of a run's folder or of one of its checkpoints; {}: nothing."""
-    beside, tensors = folder / "router.json", folder / "tensors.safetensors"
-    if beside.is_file():
-        return json.loads(beside.read_text())
-    saved = load_file(tensors) if tensors.is_file() else {}
-    if "sigmoid" not in saved:  # another script's
-        return {}
-    return {"gate": "sigmoid" if saved["sigmoid"] else "softmax", "bias_LE": saved["bias_LE"].tolist()}
+    """`router_of` the model in a run's folder or in one of its checkpoints; {} where nothing was saved."""
+    beside, state = folder / "router.json", folder / "state.json"
+    try:
+        if beside.is_file():
+            return json.loads(beside.read_text())
+        return json.loads(state.read_text()).get("router", {}) if state.is_file() else {}  # {}: another script's
+    except ValueError as error:
+        raise InputError(f"--model_name_or_path {folder}: its router.json or state.json is damaged") from error
 
 
 def load_start(config, resume):
     """The Qwen3-MoE to train, its layers ours, and its tokenizer: from the checkpoint, or as the flags say."""
     name, router = config.upcycle or config.model_name_or_path, {}
-    if resume and not config.fsdp:
+    if resume:
         model, tokenizer = load_model(str(resume), chat_template=config.chat_template)
     elif name == "tiny":
         model, tokenizer = tiny_model(config)
@@ -625,7 +745,7 @@ def load_start(config, resume):
     else:
         model, tokenizer = load_model(name, chat_template=config.chat_template)
         router = saved_router(Path(name))
-    if config.upcycle and (config.fsdp or not resume):
+    if config.upcycle and not resume:
         if not isinstance(model, Qwen3ForCausalLM) or model.config.use_sliding_window:
             raise InputError(f"--upcycle {name}: is a {type(model).__name__}, not a dense Qwen3 with full attention")
         model = upcycle(model, config)
@@ -639,144 +759,16 @@ def load_start(config, resume):
     return model, tokenizer
 
 
-def distribute_routed(model, config, world):
-    """`distribute` for the RoutedPolicy of `model`; under FSDP2 its routers stay in float32."""
-    for layer in moe_layers(model.to(world.device)) if config.fsdp else []:
-        fully_shard(layer.gate, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    return distribute(RoutedPolicy(model), config, world)
+# --- evaluation ---
 
 
 @contextlib.contextmanager
 def forward_only(policy, config, world):
     """For forwards that no backward follows: no gradients, evaluation mode, and the precision of training."""
     policy.eval()
-    with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16 and not config.fsdp):
+    with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
         yield
     policy.train()
-    if config.fsdp:
-        policy.reshard()  # a backward would have given the gathered weights back
-
-
-# --- balance ---
-
-
-def all_reduced(tensor):
-    """The tensor summed over all processes; its argument is left alone."""
-    tensor = tensor.clone()
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class Balance:
-    """The loss of one optimizer step, and the counts it rests on. f comes from:
-
-    micro      the rows of a forward, or every --balance_rows of them: what frameworks did for long
-    sequence   each document by itself: DeepSeek-V3's complement
-    sync       the forwards that all processes do at the same time
-    global     those and all before them in the optimizer step: the paper's buffer, its Algorithm 1
-    exact      the whole step, counted in a forward pass of its own: what `global` approaches; for tests
-    shuffle    as many tokens as under micro, but drawn from the whole step: the paper's control; counted as exact is
-    bias, none    nothing: no such loss, but for the one that --micro_fraction adds in every scope
-    """
-
-    def __init__(self, policy, names, config, world):
-        self.model, self.names, self.config, self.world = unwrap(policy).model, names, config, world
-        self.n_layers, self.n_experts = len(moe_layers(self.model)), self.model.config.num_experts
-
-    def begin(self, step, policy, batches, n_tokens):
-        """Before an optimizer step: empties the buffers, and counts in advance where the scope wants it."""
-        config = self.config
-        then, _, since = config.balance_switch.partition("@")
-        self.scope = then if then and step >= int(since) else config.balance
-        self.n_tokens, self.routing = n_tokens, self.new_routing()
-        self.buffer_L1E = torch.zeros(self.n_layers, 1, self.n_experts, device=self.world.device)
-        if self.scope in ("exact", "shuffle"):
-            with forward_only(policy, config, self.world):
-                ids_LCK = torch.cat([policy(batch)[2][:, batch.where_C] for batch in batches], 1)
-            if self.scope == "exact":
-                self.buffer_L1E = all_reduced(self.chosen(ids_LCK).sum(1, keepdim=True))
-            else:
-                self.pool_LCK = self.shuffled(ids_LCK, step)
-
-    def shuffled(self, ids_LCK, step):
-        """This process's share of the choices of the step's tokens, of all processes, in random order."""
-        parts = [ids_LCK.cpu()] * self.world.size
-        if dist.is_initialized():
-            dist.all_gather_object(parts, parts[0])
-        first, whole = sum(part.shape[1] for part in parts[: self.world.rank]), torch.cat(parts, 1)
-        rng = torch.Generator().manual_seed(hash((self.config.seed, step)))
-        order = torch.randperm(whole.shape[1], generator=rng)
-        return whole[:, order[first : first + ids_LCK.shape[1]]].to(ids_LCK.device)
-
-    def chosen(self, ids_LNK):
-        """1.0 at each expert a token has chosen, else 0.0: [L, N, E]."""
-        return torch.zeros(*ids_LNK.shape[:2], self.n_experts, device=ids_LNK.device).scatter_(-1, ids_LNK, 1.0)
-
-    def new_routing(self):
-        """An empty Routing for this model and these domains."""
-        return Routing(self.n_layers, len(self.names), self.n_experts, self.world.device)
-
-    def group_counts(self, batch, chosen_LNE, micro_GN):
-        """(counts_LGE that f comes from, member_GN: the tokens it is for) in this step's scope."""
-        mask_N = batch.mask_BS.flatten()
-        if self.scope == "micro":
-            return micro_GN @ chosen_LNE, micro_GN
-        if self.scope == "sequence":
-            member_GN = members(batch.document_N, mask_N, batch.n_documents, chosen_LNE)
-            return member_GN @ chosen_LNE, member_GN
-        if self.scope == "shuffle":  # the groups keep their sizes and get other tokens
-            C = len(batch.where_C)
-            mine_LCK, self.pool_LCK = self.pool_LCK[:, :C], self.pool_LCK[:, C:]
-            return micro_GN[:, batch.where_C] @ self.chosen(mine_LCK).to(chosen_LNE.dtype), micro_GN
-        whole_1N = mask_N[None].to(chosen_LNE.dtype)
-        if self.scope == "sync":
-            return all_reduced(whole_1N @ chosen_LNE), whole_1N
-        if self.scope == "global":
-            self.buffer_L1E = self.buffer_L1E + all_reduced(whole_1N @ chosen_LNE)
-        return self.buffer_L1E.to(chosen_LNE.dtype), whole_1N
-
-    def measure(self, policy, batch, routing):
-        """One forward, added to `routing`: (logps_BS, logits_LNE, probs_LNE, chosen_LNE, member_GN of `micro`)."""
-        logps_BS, logits_LNE, ids_LNK = policy(batch)
-        scores_LNE = gate_scores(logits_LNE, self.config.gate)
-        probs_LNE = scores_LNE / scores_LNE.sum(-1, keepdim=True)  # a softmax's sum is 1 already
-        (B, S), mask_N = batch.mask_BS.shape, batch.mask_BS.flatten()
-        row_N = torch.arange(B, device=mask_N.device).repeat_interleave(S)
-        size = self.config.balance_rows or B
-        micro_GN = members(row_N // size, mask_N, -(-B // size), probs_LNE)
-        found = logps_BS, logits_LNE, probs_LNE, self.chosen(ids_LNK).to(probs_LNE.dtype), micro_GN
-        routing.add(batch, *found)
-        return found
-
-    def loss_of(self, policy, batch):
-        """The loss of one forward, as train_step wants it."""
-        config, n_tokens = self.config, self.n_tokens
-        logps_BS, logits_LNE, probs_LNE, chosen_LNE, micro_GN = self.measure(policy, batch, self.routing)
-        loss = nll_loss(logps_BS, batch.mask_BS, n_tokens)
-        with torch.autocast(self.world.device.type, enabled=False):  # a count in bfloat16 would stop at 256
-            found_L = probs_LNE.new_zeros(self.n_layers)
-            if self.scope not in ("bias", "none"):
-                counts_LGE, member_GN = self.group_counts(batch, chosen_LNE, micro_GN)
-                found_L = balance_loss(member_GN @ probs_LNE, counts_LGE, n_tokens)
-            if config.micro_fraction:
-                local_L = balance_loss(micro_GN @ probs_LNE, micro_GN @ chosen_LNE, n_tokens)
-                found_L = found_L + config.micro_fraction * local_L
-            loss = loss + config.balance_coef * found_L.mean()
-            if config.z_loss_coef:
-                loss = loss + config.z_loss_coef * z_loss(logits_LNE, batch.mask_BS.flatten(), n_tokens).mean()
-        return loss, {}
-
-    def end(self, taken):
-        """After the step: the numbers to log; under `bias`, the bias moves, once and by the counts of all processes."""
-        numbers = self.routing.metrics(self.names)
-        if self.scope == "bias" and taken:
-            loads_LE, config = self.routing.counts_LME.sum(1).float(), self.config
-            set_bias(self.model, moved_bias(bias_of(self.model), loads_LE, config.bias_rate, config.bias_rule))
-        return numbers
-
-
-# --- evaluation ---
 
 
 def evaluate_routing(run, step, policy, balance, streams, config, world):
@@ -796,20 +788,17 @@ def evaluate_routing(run, step, policy, balance, streams, config, world):
     return {f"eval/{name}": value for name, value in numbers.items() if not name.startswith("time/")}
 
 
-def sample_texts(run, step, decoder, policy, tokenizer, streams, config, world):
-    """Prints, and adds to samples.jsonl, how the model continues a held-out row of each domain, greedily."""
-    refresh(decoder, policy)
-    set_bias(decoder, bias_of(unwrap(policy).model))
-    if world.rank == 0:
-        rows = [stream.row(0)[0].tolist() for stream in streams]
-        prompts = [ids[: max(1, min(64, len(ids) // 2))] for ids in rows]
-        rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
-        for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
-            prompt = tokenizer.decode(prompt)
-            append_line(run / "samples.jsonl", {"step": step, "domain": stream.name, "prompt": prompt,
-                                                "completion": text})
-            print(f"        {stream.name}: {prompt[-40:]!r} -> {text[:80]!r}", flush=True)
-    barrier()
+def sample_texts(step, decoder, tokenizer, streams, log, config):
+    """Prints, and adds to samples.jsonl, how the decoder continues a held-out row of each domain, greedily."""
+    if not log.active:
+        return
+    rows = [stream.row(0)[0].tolist() for stream in streams]
+    prompts = [ids[: max(1, min(64, len(ids) // 2))] for ids in rows]
+    rollouts = generate(decoder, tokenizer, prompts, max_new_tokens=config.max_completion_length, temperature=0.0)
+    for stream, prompt, text in zip(streams, prompts, rollouts.texts(tokenizer)):
+        prompt = tokenizer.decode(prompt)
+        log.add("samples", {"step": step, "domain": stream.name, "prompt": prompt, "completion": text})
+        print(f"        {stream.name}: {prompt[-40:]!r} -> {text[:80]!r}", flush=True)
 
 
 def draw_experts(counts_LME, names, labels, path):
@@ -834,7 +823,7 @@ def save_router(run, policy, streams, config, world):
 
     Measured as other programs will run it, with a softmax and no bias, on the first row of each domain.
     """
-    model = unwrap(policy).model
+    model = policy.model
     bias_LE, logps = bias_of(model), []
     if config.gate == "softmax" and not bias_LE.any():
         return
@@ -848,8 +837,8 @@ def save_router(run, policy, streams, config, world):
     change_BS = logps[0] - logps[1]
     largest, mean = float(change_BS.abs().max()), float(-change_BS.sum() / batch.mask_BS.sum())
     if world.rank == 0:
-        write_json(run / "router.json", {"gate": config.gate, "bias_LE": bias_LE.tolist(),
-                                         "without/logp_difference": largest, "without/nll_difference": mean})
+        write_json(run / "router.json", {**router_of(model, config.gate), "without/logp_difference": largest,
+                                         "without/nll_difference": mean})
         print(f"{run}/router.json: the selection bias and the gate, which Qwen3-MoE cannot hold; without them the loss "
               f"changes by {mean:+.4f} nats a token, a token's log-probability by up to {largest:.3g}")
 
@@ -858,16 +847,9 @@ def save_router(run, policy, streams, config, world):
 
 
 def check_config(config):
-    """Raises InputError for flags of this script that cannot be meant."""
-    scopes = ("micro", "sequence", "sync", "global", "exact", "shuffle", "bias", "none")
-    choices = {"balance": scopes, "gate": ("softmax", "sigmoid"), "bias_rule": ("sign", "proportional"),
-               "mixture": ("uniform", "proportional", "unimax")}
-    lowest = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 2, "max_length": 2,
-              "num_experts_per_tok": 1, "moe_intermediate_size": 1, "balance_coef": 0, "balance_rows": 0,
-              "micro_fraction": 0, "z_loss_coef": 0, "bias_rate": 0, "unimax_epochs": 1e-9, "reinit": 0}
-    check_values(config, choices, lowest)
+    """Raises InputError for flags of this script that cannot be meant together."""
     then, _, since = config.balance_switch.partition("@")
-    if config.balance_switch and (then not in scopes or not since.isdigit()):
+    if config.balance_switch and (then not in SCOPES or not since.isdigit()):
         raise InputError(f"--balance_switch {config.balance_switch}: write it like micro@500")
     if config.hidden_size % (2 * config.num_attention_heads):
         raise InputError(f"--hidden_size {config.hidden_size}: must be a multiple of 2 x num_attention_heads")
@@ -875,8 +857,8 @@ def check_config(config):
         raise InputError(f"--num_experts_per_tok {config.num_experts_per_tok}: there are {config.num_experts} experts")
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise InputError("--num_experts_per_tok 1: needs --norm_topk_prob False, or the router would get no gradient")
-    if config.upcycle and (not config.norm_topk_prob or config.from_scratch or config.reinit > 1):
-        raise InputError("--upcycle: needs --norm_topk_prob True, no --from_scratch, and --reinit up to 1")
+    if config.upcycle and (not config.norm_topk_prob or config.from_scratch):
+        raise InputError("--upcycle: needs --norm_topk_prob True, and no --from_scratch")
     if config.upcycle and config.model_name_or_path != "tiny":
         raise InputError(f"--model_name_or_path {config.model_name_or_path}: goes unread beside --upcycle; give one")
     if config.reinit and not config.upcycle:
@@ -886,10 +868,8 @@ def check_config(config):
 
 
 def check_sources(config):
-    """Raises InputError where the dense model stands in --output_dir, or data that --overwrite would delete."""
-    run, dense = Path(config.output_dir).resolve(), Path(config.upcycle).resolve()
-    if config.upcycle and run in (dense, *dense.parents):
-        raise InputError(f"--output_dir {config.output_dir}: --upcycle {config.upcycle} is in it")
+    """Raises InputError where --overwrite would delete data of --domains, a list of paths and patterns."""
+    run = Path(config.output_dir).resolve()
     for name in parse_domains(config.domains) if config.overwrite else ():
         for found in map(Path, glob.glob(os.path.expanduser(name), recursive=True)):
             for path in (found.resolve(), *(file.resolve() for file in found.glob("data/*"))):  # a folder's files
@@ -898,94 +878,104 @@ def check_sources(config):
                                      f"{name}: {path}")
 
 
-def check_micro_batches(config, resume):
+def check_micro_batches(config, args):
     """InputError where a run whose balance is counted by micro-batches would go on with other ones: another loss."""
     scopes = {config.balance, config.balance_switch.partition("@")[0]} - {"", "sequence", "exact", "bias", "none"}
-    if not resume or not (scopes or config.micro_fraction):
+    if not scopes and not config.micro_fraction:
         return
-    before = json.loads((Path(config.output_dir) / "args.json").read_text())["flags"]
     for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if before[name] != getattr(config, name):
+        before = args["flags"][name]  # of the run as it began
+        if before != getattr(config, name):
             raise InputError(f"--{name} {getattr(config, name)}: the run in --output_dir {config.output_dir} has "
-                             f"{before[name]}, and its balance is counted by micro-batches")
+                             f"{before}, and its balance is counted by micro-batches")
 
 
 SHOWN = ("nll", "eval/nll", "max_violation", "mutual_information", "grad_norm")  # on the screen
 
 
 def main(config):
-    check_frame(config)
     check_config(config)
     check_sources(config)
     names, given = zip(*parse_domains(config.domains).items())
-    world = start_world(config)
-    args = run_args(config, world)
-    resume, finished = on_rank_0(lambda: open_run(config, args), world)
-    if finished:
+    world = start(config)
+
+    # what was asked for, and the checkpoint to go on from
+    held_names = names if config.eval_steps else ()
+    texts = [documents(name, "train", config.n_train * config.max_length, config) for name in names]
+    held_texts = [documents(name, "validation", config.n_eval * config.max_length, config) for name in held_names]
+    args, resume = on_rank_0(lambda: open_run(config, [texts, held_texts], world), world)
+    if args["finished"]:
         return
-    check_micro_batches(config, resume)
+    check_micro_batches(config, args)
     model, tokenizer = load_start(config, resume)
-    streams = [make_stream(name, "train", config.n_train, tokenizer, config) for name in names]
-    held_out = [make_stream(name, "validation", config.n_eval, tokenizer, config)
-                for name in names if config.eval_steps]
-    fill_learning_rate(config, model, small=3e-3, large=3e-4)
+    config.learning_rate = config.learning_rate or (3e-3 if model.num_parameters() < 10_000_000 else 3e-4)
+
+    # each domain's text in rows of tokens, which take its place in memory, and which row is read when
+    streams = [make_stream(name, texts.pop(0), config.n_train, tokenizer, config) for name in names]
+    held_out = [make_stream(name, held_texts.pop(0), config.n_eval, tokenizer, config) for name in held_names]
     n_rows, sizes = args["rows_per_step"], [len(stream) for stream in streams]
     weights = np.array(given) / sum(given) if all(given) else mixture_weights(
         sizes, config.mixture, config.max_steps * n_rows, config.unimax_epochs)
     plan = plan_rows(sizes, weights, config.max_steps * n_rows, config.seed)
-    run = begin_run(config, world, resume, args, model, [plan[:n_rows].tolist(), *(
-        [stream.name, hashlib.sha256(stream.ids.tobytes()).hexdigest()] for stream in streams + held_out)])
+    run, log, stop = Path(config.output_dir), Log(args, resume, model, config, world), stop_signals()
+    for name, size, weight, stream in zip(names, sizes, weights, streams):
+        print(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
+              f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins "
+              f"{tokenizer.decode(stream.ids[:40].tolist())!r}", flush=True)
 
+    # the policy that learns, and a copy of it that samples
     decoder = make_decoder(model, config, world) if held_out else None
-    policy = distribute_routed(model, config, world)
+    policy = shard(RoutedPolicy(model.train()), config, world)
     optimizer = make_optimizer(policy, config)
     state = {"step": 0, "bad_steps": 0, "num_tokens": 0}
     if resume:
-        state, tensors = load_checkpoint(resume, policy, optimizer, config)
-        set_bias(unwrap(policy).model, tensors["bias_LE"])
+        state = load_checkpoint(resume, moments(policy, optimizer), world)
+        set_bias(model, torch.tensor(state["router"]["bias_LE"]))
     balance = Balance(policy, names, config, world)
-    log, stop = Log(run, config, world), StopSignal()
-    for name, size, weight, stream in zip(names, sizes, weights, streams):
-        say(f"{name}: {size} rows of up to {config.max_length} tokens, drawn with weight {weight:.3f}, "
-            f"{config.max_steps * n_rows * weight / size:.1f} passes; it begins "
-            f"{tokenizer.decode(stream.ids[:40].tolist())!r}")
-
     if held_out and config.eval_on_start and state["step"] == 0:
         log.step(0, evaluate_routing(run, 0, policy, balance, held_out, config, world), SHOWN)
 
     while state["step"] < config.max_steps:
+        # the rows of this step; the loss is divided by the tokens that count in all of them
         began, step = time.perf_counter(), state["step"]
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
         picks = plan[step * n_rows : (step + 1) * n_rows].tolist()
         rows = [streams[domain].row(row) for domain, row in picks]
         n_tokens = int(sum((positions[1:] > 0).sum() for _, positions in rows))
-        parts = micro_batches([len(ids) for ids, _ in rows], config.per_device_train_batch_size,
-                              config.micro_batch_tokens, world)
+
+        # forwards of rows of like length
+        lengths = [len(ids) for ids, _ in rows]
+        parts = micro_batches(lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
         batches = [collate_rows(streams, [picks[i] for i in part], world.device) for part in parts]
+
+        # one optimizer step, over whose forwards and processes the experts' choices are counted
         balance.begin(step, policy, batches, n_tokens)
         numbers, taken = train_step(policy, optimizer, batches, balance.loss_of, step, config, world)
         numbers |= balance.end(taken)
-        note_step(run, state, taken, picks, config, world)
+        log.count(state, taken, picks)
         state["num_tokens"] += n_tokens
         numbers["num_tokens"] = state["num_tokens"]
+
+        # evaluate, log, save
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if held_out and (last or state["step"] % config.eval_steps == 0):
             numbers |= evaluate_routing(run, state["step"], policy, balance, held_out, config, world)
-            sample_texts(run, state["step"], decoder, policy, tokenizer, held_out, config, world)
+            refresh(decoder, policy)
+            sample_texts(state["step"], decoder, tokenizer, held_out, log, config)
         log.step(state["step"], numbers, SHOWN, n_tokens, seconds)
-        stopping = stop.agreed(world)
+        [stopping] = total([len(stop)], world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            {"bias_LE": bias_of(unwrap(policy).model).cpu(),
-                             "sigmoid": torch.tensor(config.gate == "sigmoid")})
+            state["router"] = router_of(model, config.gate)
+            save_checkpoint(run, state, policy, tokenizer, moments(policy, optimizer), world)
         if stopping and not last:
-            leave(run, state, stopping)
+            leave(run, state, stop)
+
+    # what the router did on the held-out rows, and what the model's folder does not hold of it
     save_router(run, policy, held_out or streams, config, world)
     if held_out and world.rank == 0:
         experts = json.loads((run / "experts.json").read_text())
         labels = [f"layer {layer}" for layer in range(balance.n_layers)]
         draw_experts(np.array(experts["counts_LME"]), experts["domains"], labels, run / "experts.png")
-    end_run(run, policy, tokenizer, world)
+    finish_run(run, policy, tokenizer, world)
 
 
 # --- frame: the same text in all five scripts ---
@@ -1148,7 +1138,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():

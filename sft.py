@@ -57,8 +57,8 @@ from kernels import linear_logps
 
 @dataclass
 class Config(ProblemFlags, RunFlags):
-    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder", "loss_type": "loss",
-                "select": "choice of data", "lora_rank": "adapters, going on with training",
+    SECTIONS = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "the run's folder",
+                "loss_type": "loss", "select": "choice of data", "lora_rank": "adapters, going on with training",
                 "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
     model_name_or_path: str = flag("tiny", "a hub name, a local folder, or `tiny`: 0.6 M random weights, built in")
@@ -427,10 +427,11 @@ def make_examples(rows, tokenizer, config):
         raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer, the shortest has "
                          f"{min(lengths)} tokens")
     if len(kept) < len(examples):
-        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
-            "left out")
-    print(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on average, "
-        f"of which {sum(sum(e.trained) for e in kept) / len(kept):.0f} are trained")
+        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer, "
+              "and left out", flush=True)
+    n_trained = sum(sum(example.trained) for example in kept)
+    print(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on "
+          f"average, of which {n_trained / len(kept):.0f} are trained", flush=True)
     return kept
 
 
@@ -485,7 +486,7 @@ def collate(examples, rows, device):
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
 
     def __init__(self, model):
         super().__init__()
@@ -657,8 +658,10 @@ def show_example(example, tokenizer):
 
 def check_config(config):
     """Raises InputError for flags of this script that cannot be meant together."""
-    if not config.entropy_keep or not all(config.thought_budgets):
-        raise InputError("--entropy_keep, --thought_budgets: a share must be above 0")
+    if not config.entropy_keep:
+        raise InputError("--entropy_keep 0.0: must be above 0")
+    if not all(config.thought_budgets):
+        raise InputError("--thought_budgets 0.0: must be above 0")
     if config.replay_share == 1 or bool(config.replay_share) != bool(config.replay_from):
         raise InputError(f"--replay_share {config.replay_share}: must be below 1, and above 0 just with --replay_from")
     if not config.step_separator:
@@ -723,8 +726,8 @@ def main(config):
     if resume:
         state = load_checkpoint(resume, moments(policy, optimizer) | adapter_tensors(policy), world)
     show_example(examples[0], tokenizer)
-    print(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes over "
-          "the data", flush=True)
+    print(f"{config.max_steps} steps of {args['rows_per_step']} rows: {config.max_steps * n_new / n_own:.2g} passes "
+          "over the data", flush=True)
     if problems and config.eval_on_start and state["step"] == 0:
         refresh(decoder, policy)
         log.step(0, eval_numbers(decoder, tokenizer, problems, 0, log, config), SHOWN)
@@ -931,7 +934,7 @@ def train_step(policy, optimizer, batches, loss_of, step, config, world):
 
 
 def save_model(folder, policy, tokenizer, world):
-    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first one writes."""
+    """Writes the policy as from_pretrained reads it. All processes take part, weight by weight; the first writes."""
     parameters_of(policy)
     weights, seen, checks = {}, set(), []
     for name, tensor in policy.model.state_dict(keep_vars=True).items():

@@ -483,24 +483,24 @@ def test_sampled_ids_are_trained_as_they_are_and_judged_with_their_start(tiny_mo
 # --- reference, phases ---
 
 
-def test_the_reference_is_the_policy_as_it_stands_and_is_found_again_by_content(tiny, tmp_path, monkeypatch):
-    model, pairs = copy.deepcopy(tiny[0]), uneven_pairs()
-    config = config_for("sigmoid", reference_cache=str(tmp_path / "cache"))
+def test_the_reference_is_the_policy_as_it_stands(tiny):
+    model, pairs, config = copy.deepcopy(tiny[0]), uneven_pairs(), config_for("sigmoid")
     policy = dpo.PairPolicy(model)
-    found_PC = dpo.cached_reference(policy, pairs, config, ALONE)
+    found_PC = dpo.reference_logps(policy, pairs, config, ALONE)
     assert torch.allclose(found_PC, sums_by_loop(model, pairs), atol=1e-4) and not found_PC.requires_grad
     assert policy.training
-    calls, compute = [], dpo.reference_logps
-    monkeypatch.setattr(dpo, "reference_logps", lambda *args: calls.append(1) or compute(*args))
-    assert torch.equal(dpo.cached_reference(policy, pairs, config, ALONE), found_PC) and not calls
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_bytes(b"damaged")
-    assert torch.equal(dpo.cached_reference(policy, pairs, config, ALONE), found_PC) and len(calls) == 1
-    dpo.cached_reference(policy, pairs[1:], config, ALONE)  # other pairs
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1.0
-    assert not torch.equal(dpo.cached_reference(policy, pairs, config, ALONE), found_PC)  # other weights
-    assert len(calls) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    assert not torch.equal(dpo.reference_logps(policy, pairs, config, ALONE), found_PC)  # other weights
+
+
+def test_offline_runs_compute_the_reference_once(tiny_model, tmp_path, monkeypatch):
+    calls, compute = [], dpo.reference_logps
+    monkeypatch.setattr(dpo, "reference_logps", lambda policy, pairs, *rest: (
+        calls.append(len(pairs)) or compute(policy, pairs, *rest)))
+    dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
+                                 error_rate=0.5, resample_steps=1)))
+    assert len(calls) == 1 and calls[0] > 8  # all pairs, not those of one step
 
 
 def test_the_reference_has_no_dropout(tiny):
@@ -533,7 +533,7 @@ def test_data_opens_from_easy_to_hard():
     config = config_for("sigmoid", easy_to_hard=0.5, max_steps=100)
     assert [dpo.n_open(1000, step, config) for step in (0, 25, 50, 99)] == [200, 600, 1000, 1000]
     config.n_train = 40
-    data = dpo.load_data(config, char_tokenizer())
+    data = dpo.make_data(dpo.load_examples(config), char_tokenizer(), config)
     levels = [pair.level for pair in data.pairs]
     assert levels == sorted(levels) and len(set(levels)) > 1
     assert dpo.n_open(7, 0, config_for("sigmoid")) == 7
@@ -543,7 +543,6 @@ def test_rounds_sample_other_prompts_and_at_first_the_easiest_alone(monkeypatch)
     config, asked = Config(loss_type="simpo", round_prompts=20, resample_steps=10, max_steps=40), []
     dpo.check_config(config)
     monkeypatch.setattr(dpo, "refresh", lambda decoder, policy: None)
-    monkeypatch.setattr(dpo, "write_pairs", lambda *args: None)
     monkeypatch.setattr(dpo, "sample_pairs", lambda decoder, tokenizer, problems, prompts, *rest: (
         asked.append((problems, prompts)) or [Pair([5], [6], [7])], {}))
     data = dpo.Data([], [], list(range(100)), [[i] for i in range(100)])
@@ -565,26 +564,35 @@ def test_rounds_sample_other_prompts_and_at_first_the_easiest_alone(monkeypatch)
 def test_the_budget_is_split_and_no_example_is_used_twice(pairs):
     config = Config(pairs=pairs, budget=20, sft_fraction=0.25, error_rate=0.5, n_train=200)
     dpo.check_config(config)
-    data = dpo.load_data(config, char_tokenizer())
+    data = dpo.make_data(dpo.load_examples(config), char_tokenizer(), config)
     assert len(data.cold) == 5 and all(pair.rejected == [] and len(pair.chosen) > 3 for pair in data.cold)
     rest = [pair.prompt for pair in data.pairs] + data.prompts
     assert len(rest) == 15 and not {tuple(pair.prompt) for pair in data.cold} & set(map(tuple, rest))
 
 
-def test_a_round_survives_a_checkpoint():
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_round_survives_a_checkpoint_to_the_bit(sampled):
     pairs = [pair._replace(rejected=[] if i == 2 else pair.rejected) for i, pair in enumerate(uneven_pairs(4))]
-    before = dpo.Round(pairs, torch.randn(4, 2))
-    after = dpo.restored_round(before.tensors(), [])
-    assert torch.equal(before.reference_PC, after.reference_PC)
-    for a, b in zip(before.pairs, after.pairs, strict=True):
-        assert a[:4] == b[:4] and a.values == pytest.approx(b.values)
+    reference_PC = torch.tensor([[-0.1, 1 / 3], [-1e-30, -123456.789], [0.0, -2**-149], [-3.4028234e38, 1e-45]])
+    before = dpo.Round(pairs, reference_PC)
+    text = json.loads(json.dumps(before.text(sampled)))  # as it stands in state.json
+    assert sampled or len(text) < 200
+    after = dpo.restored_round(text, None if sampled else pairs)
+    assert after.pairs == before.pairs and after.reference_PC.dtype == torch.float32
+    assert torch.equal(after.reference_PC.view(torch.int32), reference_PC.view(torch.int32))
+
+
+def test_every_float32_comes_back_from_json():
+    values_N = torch.arange(-2**31, 2**31, 9973).to(torch.int32).view(torch.float32)
+    values_N = values_N[values_N.isfinite()]
+    text = dpo.Round([], values_N.view(-1, 1)).text(False)
+    assert torch.equal(dpo.restored_round(text, []).reference_PC[:, 0].view(torch.int32), values_N.view(torch.int32))
 
 
 # --- runs ---
 
 
-RUN = dict(per_device_train_batch_size=8, max_steps=4, eval_steps=0, save_steps=0, n_train=40, levels="1-2",
-           reference_cache="")
+RUN = dict(per_device_train_batch_size=8, max_steps=4, eval_steps=0, save_steps=0, n_train=40, levels="1-2")
 
 
 def metrics(run):
@@ -640,11 +648,11 @@ def test_a_run_stopped_at_every_step_of_both_phases_ends_bit_equal(tiny_model, t
                        round_prompts=10, num_generations=4, max_completion_length=20, learning_rate=1e-3,
                        sft_fraction=0.34, max_steps=6, sft_learning_rate=1e-3, warmup_steps=1,
                        lr_scheduler_type="linear")
-    rows, signals = [{"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(20)], [0]
+    rows, signals = [{"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(20)], []
     monkeypatch.setattr(dpo, "load_pair_rows", lambda config: rows)
-    monkeypatch.setattr(dpo.StopSignal, "agreed", lambda self, world: signals[0])
+    monkeypatch.setattr(dpo, "stop_signals", lambda: signals)
     dpo.main(Config(**flags, output_dir=str(tmp_path / "whole")))
-    signals[0] = 15
+    signals.append(15)
     for _ in range(5):
         with pytest.raises(SystemExit) as ended:
             dpo.main(Config(**flags, output_dir=str(tmp_path / "run")))
@@ -661,9 +669,15 @@ def test_pairs_that_were_sampled_are_written_down_and_train_again(tiny_model, tm
     """pairs.jsonl holds every round's pairs in their order, once, also where the run was stopped within a round; as a
     data set they are the same token ids."""
     monkeypatch.setattr(dpo, "verify", right_if_short)
-    made, sample_pairs, stops = [], dpo.sample_pairs, [0, 15, 0]
+    made, sample_pairs, train_step, signals = [], dpo.sample_pairs, dpo.train_step, []
     monkeypatch.setattr(dpo, "sample_pairs", lambda *args: made.append(sample_pairs(*args)) or made[-1])
-    monkeypatch.setattr(dpo.StopSignal, "agreed", lambda self, world: stops.pop(0) if stops else 0)
+    monkeypatch.setattr(dpo, "stop_signals", lambda: signals)
+
+    def signalled(policy, optimizer, batches, loss_of, step, *rest):
+        signals[:] = [15] * (step == 1)
+        return train_step(policy, optimizer, batches, loss_of, step, *rest)
+
+    monkeypatch.setattr(dpo, "train_step", signalled)
     run, flags = tmp_path / "run", RUN | dict(model_name_or_path=str(tiny_model), pairs=pairs, resample_steps=2,
                                               round_prompts=10, num_generations=4, max_completion_length=20)
     with pytest.raises(SystemExit):
@@ -698,8 +712,16 @@ def test_a_run_on_offline_pairs_begins_with_the_easiest(tiny_model, tmp_path, mo
 def test_the_optimizer_begins_anew_after_the_cold_start(tiny_model, tmp_path):
     dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
                                  error_rate=0.5, sft_fraction=0.25)))
-    kept = load_file(tmp_path / "run" / "checkpoints" / "step_4" / "optimizer.safetensors")
+    (path,) = (tmp_path / "run" / "checkpoints" / "step_4" / "optimizer").glob("*.safetensors")
+    kept = load_file(path)
     assert {float(count) for name, count in kept.items() if name.endswith(".step")} == {3.0}
+
+
+def test_each_phase_has_a_learning_rate_schedule_of_its_own(tiny_model, tmp_path):
+    dpo.main(Config(**RUN | dict(model_name_or_path=str(tiny_model), output_dir=str(tmp_path / "run"), pairs="offline",
+                                 error_rate=0.5, sft_fraction=0.5, lr_scheduler_type="linear", learning_rate=1e-4,
+                                 sft_learning_rate=1e-3)))
+    assert [line["learning_rate"] for line in metrics(tmp_path / "run")] == [1e-3, 5e-4, 1e-4, 5e-5]
 
 
 def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatch):
@@ -711,8 +733,8 @@ def test_no_pair_at_all_is_an_error_of_one_line(tiny_model, tmp_path, monkeypatc
 
 def test_where_later_rounds_give_no_pair_the_last_ones_go_on(tiny_model, tmp_path, monkeypatch, capsys):
     begin, seen, rows = dpo.sample_pairs, [], []
-    monkeypatch.setattr(dpo, "note_step", lambda run, state, taken, indices, *rest, note=dpo.note_step: (
-        rows.append(indices) or note(run, state, taken, indices, *rest)))
+    monkeypatch.setattr(dpo.Log, "count", lambda log, state, taken, indices, count=dpo.Log.count: (
+        rows.append(indices) or count(log, state, taken, indices)))
 
     def sample_once(*args):
         seen.append(1)

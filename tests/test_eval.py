@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import types
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as ground
 from eval import (CHAIN_DOMAINS, CHAIN_LEVELS, CHAIN_LIMIT, InputError, MathJudge, Problem, bootstrap_interval,
-                  evaluate, extract_answer, load_model, load_problems, majority_at_k, mean_interval,
+                  evaluate, extract_answer, flag, load_model, load_problems, majority_at_k, mean_interval,
                   paired_comparison, pass_at_k, plot_runs, read_rows, split_of, to_number, verify, wilson_interval)
 
 torch.set_num_threads(1)
@@ -246,10 +246,10 @@ def test_error_rate_spoils_steps_of_the_solution_alone():
 
 @pytest.mark.parametrize("arguments, flag", [
     ({"levels": "0"}, "--levels"), ({"levels": "1-99"}, "--levels"), ({"levels": "a"}, "--levels"),
-    ({"domains": "div"}, "--domains"), ({"split": "tset"}, "--split"), ({"n": 0}, "--n_problems"),
+    ({"domains": "div"}, "--domains"), ({"split": "tset"}, "--dataset_train_split"), ({"n": 0}, "--n_train"),
     ({"error_rate": 2.0}, "--error_rate"), ({"prompt_template": "hm"}, "--prompt_template"),
     ({"name": "chian"}, "--dataset_name"), ({"name": "no/such/file.jsonl"}, "--dataset_name"),
-    ({"name": "reasoning_gym:x", "split": "dev"}, "--split"),
+    ({"name": "reasoning_gym:x", "split": "dev"}, "--dataset_train_split"),
 ])
 def test_unusable_arguments_name_their_flag(arguments, flag):
     with pytest.raises(InputError, match=f"^{flag}"):
@@ -361,7 +361,7 @@ def test_hub_names(monkeypatch):
     load_problems("aime24", "test")
     assert calls == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train"), ("owner/name", "part", "dev"),
                      ("HuggingFaceH4/aime_2024", None, "train")]
-    with pytest.raises(InputError, match="--split train"):
+    with pytest.raises(InputError, match="--dataset_train_split train"):
         load_problems("math500", "train")
 
     def unreachable(*args, split):
@@ -549,10 +549,14 @@ def checkpoints(tmp_path_factory):
     return paths
 
 
+def command(*arguments):
+    """python eval.py with these arguments, but that errors are raised."""
+    ground.main(*ground.parse_flags(ground.Config, "", ground.__doc__, arguments))
+
+
 def test_comparison_end_to_end(checkpoints, tmp_path, capsys):
-    command = [checkpoints[0], "--n_problems", "10", "--n", "2", "--max_new_tokens", "6", "--levels", "1-2",
-               "--output_dir", str(tmp_path / "out"), checkpoints[1]]
-    ground.main(command)
+    command(checkpoints[0], "--n_eval", "10", "--num_generations", "2", "--max_completion_length", "6", "--levels", "1-2",
+            "--output_dir", str(tmp_path / "out"), checkpoints[1])
     table = capsys.readouterr().out
     assert f"{checkpoints[1]} minus {checkpoints[0]}" in table and "McNemar" in table and "avg@2" in table
     summary = json.loads((tmp_path / "out" / "eval.json").read_text())
@@ -572,33 +576,35 @@ def test_comparison_end_to_end(checkpoints, tmp_path, capsys):
 
 
 def test_the_same_checkpoint_does_not_differ_from_itself(checkpoints, tmp_path):
-    ground.main([checkpoints[0], checkpoints[0], "--n_problems", "8", "--n", "2", "--max_new_tokens", "6",
-                 "--no_greedy", "--output_dir", str(tmp_path)])
+    command(checkpoints[0], checkpoints[0], "--n_eval", "8", "--num_generations", "2", "--max_completion_length", "6",
+            "--no_greedy", "--output_dir", str(tmp_path))
     comparison = json.loads((tmp_path / "eval.json").read_text())["comparisons"][0]
     assert comparison["sampled"]["difference"] == 0 and comparison["sampled"]["low"] < 0 < comparison["sampled"]["high"]
     assert "greedy" not in comparison
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "checkpoint"), (["tiny", "--foo", "1"], "--foo"), (["tiny", "--n", "x"], "--n: invalid"),
-    (["tiny", "--n", "0"], "--n 0"), (["tiny", "--k", "9"], "--k 9"), (["tiny", "--k", "a"], "--k a"),
-    (["tiny", "--top_p", "0"], "--top_p"), (["tiny", "--le", "1"], "--le"), (["tiny", "--temperature", "0"], "--n 8"),
+    ([], "checkpoint"), (["tiny", "--foo", "1"], "--foo"), (["tiny", "--num_generations", "x"], "--num_generations: invalid"),
+    (["tiny", "--num_generations", "0"], "--num_generations 0"), (["tiny", "--k", "9"], "--k 9"), (["tiny", "--k", "a"], "--k a"),
+    (["tiny", "--top_p", "0"], "--top_p"), (["tiny", "--le", "1"], "--le"), (["tiny", "--temperature", "0"], "--num_generations 8"),
     (["tiny", "no-such-folder"], "no-such-folder"), (["tiny", "--levels", "0"], "--levels"),
     (["--plot", "no-such-run"], "--plot no-such-run"), (["tiny", "--temperature", "-1"], "--temperature"),
     (["tiny", "--dataset_name", "chian"], "--dataset_name chian"), (["tiny", "--seed", "-1"], "--seed -1"),
+    (["tiny", "--dataset_test_split", "dev"], "^--dataset_test_split dev"), (["tiny", "--n_eval", "-1"], "--n_eval -1"),
+    (["tiny", "--top_p", "nan"], "--top_p nan: must be a finite number"), (["tiny", "--against", "none"], "--against none"),
 ])
 def test_bad_command_lines_leave_nothing_behind(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ground, "evaluate", lambda *args, **kwargs: pytest.fail("work was begun"))
     with pytest.raises(InputError, match=message) as raised:
-        ground.main(arguments)
+        command(*arguments)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
 def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output_dir"):
-        ground.main(["tiny", "--n_problems", "2", "--output_dir", str(tmp_path / "file")])
+        command("tiny", "--n_eval", "2", "--output_dir", str(tmp_path / "file"))
 
 
 def test_exit_code(tmp_path):
@@ -609,8 +615,8 @@ def test_exit_code(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1}])
-    command = [sys.executable, ground.__file__, "--plot", ".", "--output_dir", "metrics.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    words = [sys.executable, ground.__file__, "--plot", ".", "--output_dir", "metrics.jsonl"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("eval.py: ") and done.stderr.count("\n") == 1
 
 
@@ -618,6 +624,78 @@ def test_every_flag_is_read_and_explained():
     source = Path(ground.__file__).read_text()
     for flag in fields(ground.Config):
         assert f"config.{flag.name}" in source and flag.metadata["help"], flag.name
+
+
+# --- flags ---
+
+@dataclass
+class Flags:
+    SECTIONS = {"rate": "numbers", "names": "others"}
+
+    rate: float = flag(0.5, "a share", low=0, high=1)
+    least: float = flag(1.0, "no choice", low=-2)
+    count: int = flag(3, "how many", low=1)
+    names: list[str] = flag(["a"], "some of these", choices=lambda: ("a", "b"))
+    shares: list[float] = flag([], "50 %% or so", low=0, high=1)
+    on: bool = flag(False, "a switch that is off")
+    off_line: bool = flag(True, "a switch that is on")
+    text: str = flag("x", "free text", free=True)
+
+    def __post_init__(self):
+        ground.check_flags(self)
+
+
+@pytest.mark.parametrize("words, changes", [
+    ([], {}), (["--rate", "1"], {"rate": 1.0}), (["--rate=0"], {"rate": 0.0}), (["--least", "-1.5"], {"least": -1.5}),
+    (["--on"], {"on": True}), (["--on", "True"], {"on": True}), (["--on=false"], {"on": False}),
+    (["--no_off_line"], {"off_line": False}), (["--no-off-line"], {"off_line": False}),
+    (["--off-line", "False"], {"off_line": False}), (["--off_line", "--on"], {"on": True}),
+    (["--names", "b", "a"], {"names": ["b", "a"]}), (["--names"], {"names": []}), (["--names", "b", "--on"],
+                                                                                   {"names": ["b"], "on": True}),
+    (["--shares", "0.5", "1"], {"shares": [0.5, 1.0]}), (["--text", "a-b"], {"text": "a-b"}),
+    (["--text=--a-b"], {"text": "--a-b"}), (["--text", "-- well-known"], {"text": "-- well-known"}),
+    (["--text="], {"text": ""}), (["--text", ""], {"text": ""}),
+])
+def test_a_command_line_means_what_it_says(words, changes):
+    config, rest = ground.parse_flags(Flags, "", "", words)
+    assert asdict(config) == {**asdict(Flags()), **changes} and not rest
+    assert Flags().names == ["a"] is not Flags().names  # each has a list of its own
+
+
+@pytest.mark.parametrize("words, fault", [
+    (["--rate", "2"], "--rate 2.0: must be between 0 and 1"), (["--rate", "nan"], "--rate nan: must be a finite number"),
+    (["--rate=-inf"], "--rate -inf: must be a finite number"), (["--least", "-3"], "--least -3.0: must be -2 or more"),
+    (["--count", "0"], "--count 0: must be 1 or more"), (["--count", "1.5"], "--count: invalid int value: '1.5'"),
+    (["--count", "1e3"], "--count: invalid int value"), (["--count"], "--count: expected one argument"),
+    (["--rate", "--on"], "--rate: expected one argument"), (["--names", "a", "c"], "--names c: must be one of a, b"),
+    (["--shares", "0.5", "-1"], "--shares -1.0: must be between 0 and 1"), (["--on", "perhaps"], "--on: "),
+    (["--of_line"], "--of_line: no such flag (did you mean --off_line?)"), (["--rat", "1"], "--rat: no such flag"),
+    (["-r", "1"], "-r: no such flag"), (["--no_rate"], "--no_rate: no such flag"), (["--no_on=1"], "--no_on: "),
+])
+def test_what_a_flag_cannot_be_is_one_line(words, fault):
+    with pytest.raises(InputError) as raised:
+        ground.parse_flags(Flags, "", "", words)
+    assert str(raised.value).startswith(fault) and "\n" not in str(raised.value)
+
+
+def test_numbers_given_in_python_are_held_to_the_same(capsys):
+    assert Flags(rate=1, least=-2).rate == 1  # an int for a float
+    for wrong in (dict(rate=math.nan), dict(rate=1.5), dict(least=-math.inf), dict(names=["c"]), dict(shares=[math.nan])):
+        with pytest.raises(InputError, match=f"^--{next(iter(wrong))} "):
+            Flags(**wrong)
+    with pytest.raises(SystemExit):
+        ground.parse_flags(Flags, "%(prog)s", "100 % true", ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "100 % true" in said and "numbers: --rate float a share (default: 0.5)" in said
+    assert "others: --names [str ...] some of these: a, b (default: ['a'])" in said and "50 % or so" in said
+    assert "no_on" not in said
+
+
+def test_wandb_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(ground, "find_spec", lambda name: None)
+    ground.RunFlags()
+    with pytest.raises(InputError, match="^--report_to wandb: needs `pip install wandb`$"):
+        ground.RunFlags(report_to="wandb")
 
 
 # --- plots ---
@@ -708,4 +786,4 @@ def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypa
     with pytest.raises(InputError, match="^--model_name_or_path runs/typo: no such folder$"):
         ground.load_model("runs/typo")
     with pytest.raises(InputError, match="^runs/typo: no such folder$"):  # eval.py has no such flag
-        ground.main(["runs/typo"])
+        command("runs/typo")

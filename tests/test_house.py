@@ -37,13 +37,37 @@ def test_same_name_means_same_text():
     assert twins > 40
 
 
+FRAME = "# --- frame: the same text in all five scripts ---\n"
+
+
+def test_the_frame_is_one_text_and_short():
+    frames = {name: (ROOT / f"{name}.py").read_text().split(FRAME) for name in SCRIPTS}
+    assert all(len(parts) == 2 for parts in frames.values())
+    for name, (_, frame) in frames.items():
+        assert frame == frames["sft"][1], f"sft.py and {name}.py differ below {FRAME}"
+    assert len(frames["sft"][1].splitlines()) <= 230
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_method_comes_first_and_the_frame_last(name):
+    banners = re.findall(r"^# --- (.*?) ---$", (ROOT / f"{name}.py").read_text(), re.M)
+    assert banners[:2] == ["config", "loss"] and banners[-2:] == ["main", FRAME[6:-5]], banners
+
+
+def test_there_is_one_way_to_be_several_processes():
+    for path in ROOT.glob("*.py"):
+        for word in ("config.fsdp", "--fsdp", "DistributedDataParallel"):
+            assert word not in path.read_text(), f"{path.name}: {word}"
+
+
 @pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
 def test_every_flag_is_read_and_explained(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    own, shared = ({node.attr for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.Attribute)}
+                   for file in (f"{name}.py", "eval.py"))
+    frames = {field.name for flags in (ground.RunFlags, ground.ProblemFlags) for field in fields(flags)}
     for field in fields(MODULES[name].Config):
         assert field.metadata.get("help"), f"--{field.name} has no help"
-        assert field.name in read, f"--{field.name} is read by nobody"
+        assert field.name in own | (frames & shared), f"--{field.name} is read by nobody"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -63,14 +87,31 @@ def test_every_function_of_a_script_is_used_in_it(name):
 
 
 def test_flags_of_the_same_name_mean_the_same():
-    for name in {f.name for f in fields(sft.Config)} & {f.name for f in fields(grpo.Config)}:
-        a, b = ({f.name: f for f in fields(script.Config)}[name] for script in (sft, grpo))
-        assert a.type == b.type, name
+    """Of one type; and a script that gives a shared flag another default lets it be what the shared one may be."""
+    shared = {field.name: field for flags in (ground.RunFlags, ground.ProblemFlags) for field in fields(flags)}
+    types = {}
+    for name, script in SCRIPTS.items():
+        for field in fields(script.Config):
+            kind, where = types.setdefault(field.name, (field.type, name))
+            assert kind == field.type, f"--{field.name} of {where}.py and {name}.py"
+            if field.name in shared:
+                for rule in ("choices", "low", "high", "free"):
+                    wanted = shared[field.name].metadata[rule]
+                    assert field.metadata[rule] == wanted, f"{name}.py, --{field.name}: {rule} should be {wanted}"
 
 
-def test_free_flags_exist():
-    for script in SCRIPTS.values():
-        assert script.FREE_FLAGS <= {f.name for f in fields(script.Config)}
+@pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
+def test_flags_say_what_they_may_be(name):
+    """A default is allowed, a highest value has a lowest, and every flag is in a section that --help shows."""
+    Config = MODULES[name].Config
+    ground.check_flags(Config())
+    names = [field.name for field in fields(Config)]
+    assert names[0] in Config.SECTIONS and set(Config.SECTIONS) <= set(names)
+    assert len(set(Config.SECTIONS.values())) == len(Config.SECTIONS)
+    for field in fields(Config):
+        low, high, choices = (field.metadata[rule] for rule in ("low", "high", "choices"))
+        assert high is None or (low is not None and low < high), f"--{field.name}"
+        assert (low is None and high is None) or not choices, f"--{field.name}"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -108,18 +149,17 @@ def readme_commands():
             yield match[1], re.split(r"\s#\s|\)", match[2])[0].strip()  # a comment, or the end of prose
 
 
-def test_commands_in_the_readme_parse(monkeypatch):
+def test_commands_in_the_readme_parse():
     seen = 0
     for name, arguments in readme_commands():
         arguments = shlex.split(arguments.replace("...", ""))
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         if name == "eval":
             config, _ = ground.parse_flags(ground.Config, "", ground.__doc__, arguments)
-            dataset, split = config.dataset_name, config.split
+            dataset, split = config.dataset_name, config.dataset_test_split
         else:
-            config = MODULES[name].read_config(MODULES[name].Config)
-            MODULES[name].check_frame(config)
+            config, words = ground.parse_flags(MODULES[name].Config, "", "", arguments)
             MODULES[name].check_config(config)
+            assert not words
             dataset, split = getattr(config, "dataset_name", ""), getattr(config, "dataset_test_split", "")
         for short, (hub_name, _, splits) in ground.BENCHMARKS.items():  # some have no validation split
             assert dataset not in (short, hub_name) or split in splits, arguments
@@ -155,20 +195,23 @@ def test_a_flag_that_is_none_is_refused(monkeypatch, capsys):
 @pytest.mark.parametrize("name", [*SCRIPTS, "eval"])
 def test_help_is_printed_and_names_every_flag_with_its_default(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    module = MODULES[name]
     with pytest.raises(SystemExit) as ended:
-        if name == "eval":
-            ground.parse_flags(ground.Config, "", ground.__doc__, ["--help"])
-        else:
-            MODULES[name].read_config(MODULES[name].Config)
+        module.launch(module.main, module.Config)
     lines = capsys.readouterr().out
     said = " ".join(lines.split())
     assert ended.value.code == 0
-    flags = fields(MODULES[name].Config)
-    assert re.findall(r"^  --(\w+)", lines.partition("options:")[2], re.M) == [flag.name for flag in flags]  # each once
+    flags, sections = fields(module.Config), module.Config.SECTIONS
+    shown = re.findall(r"^  --(\w+)", lines.partition("options:")[2], re.M)
+    assert sorted(shown) == sorted(flag.name for flag in flags)  # each once
     assert said.count("(default: ") >= len(flags)
-    sections = MODULES[name].Config.SECTIONS
-    assert set(sections) <= {flag.name for flag in flags} and flags[0].name in sections
-    assert all(f"{title}: --{first} " in said or f"{title}: --{first} [" in said for first, title in sections.items())
+    assert [name for name in shown if name in sections] == list(sections)  # in this order
+    assert all(f"{title}: --{first} " in said for first, title in sections.items())
+    entries = dict(entry.partition(" ")[::2] for entry in re.split(r"^  (?=--)", lines, flags=re.M))
+    for flag in flags:
+        choices = flag.metadata["choices"]
+        for choice in (choices() if callable(choices) else choices) or ():
+            assert choice in entries[f"--{flag.name}"], f"--{flag.name}: {choice}"
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
@@ -212,8 +255,7 @@ def test_shape_suffixes_are_true(tmp_path, monkeypatch):
                 if size != (1 if letter == "1" else sizes.setdefault(letter, size)):
                     wrong.append(f"{place}, but {letter} was {sizes.get(letter, 1)}")
 
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "plot_runs", lambda *given: None)  # a thousand functions without a tensor
+    monkeypatch.setattr(ground, "plot_runs", lambda *given: None)  # a thousand functions without a tensor
     sys.settrace(enter)
     try:
         sft.main(sft.Config(output_dir=str(tmp_path / "sft"), max_steps=2, n_train=32, per_device_train_batch_size=8,
@@ -224,7 +266,7 @@ def test_shape_suffixes_are_true(tmp_path, monkeypatch):
                               reward_funcs=["accuracy", "length"]))
         dpo.main(dpo.Config(model_name_or_path=str(tmp_path / "sft"), output_dir=str(tmp_path / "dpo"), max_steps=2,
                             pairs="offline", error_rate=1.0, n_train=16, per_device_train_batch_size=4, sft_fraction=0.5,
-                            eval_steps=0, save_steps=0, reference_cache=str(tmp_path / "reference")))
+                            eval_steps=0, save_steps=0))
         small = dict(model_name_or_path=str(tmp_path / "sft"), teacher_model_name_or_path=str(tmp_path / "grpo"), max_steps=1,
                      n_train=8, per_device_train_batch_size=4, max_completion_length=8, eval_steps=0, save_steps=0)
         distill.main(distill.Config(**small, output_dir=str(tmp_path / "rlt"), teacher_sft_steps=1, teacher_steps=2,

@@ -61,13 +61,13 @@ def step_of(policy, world, accumulation, **flags):
         collate_rows(streams, [PICKS[i] for i in part], CPU) for part in moe.micro_batches(lengths, rows, 0, world)
     ]
     balance = Balance(policy, ["a", "b"], config, world)
-    before = {name: p.detach().clone() for name, p in moe.unwrap(policy).named_parameters()}
+    before = {name: moe.whole(p.detach()).clone() for name, p in policy.named_parameters()}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)  # first: a forward leaves whole weights behind
     balance.begin(0, policy, batches, n_tokens)
-    numbers, taken = moe.train_step(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batches, balance.loss_of, 0,
-                                    config, world)
+    numbers, taken = moe.train_step(policy, optimizer, batches, balance.loss_of, 0, config, world)
     numbers |= balance.end(taken)
     assert taken
-    return numbers, {name: p.detach() - before[name] for name, p in moe.unwrap(policy).named_parameters()}
+    return numbers, {name: moe.whole(p.detach()) - before[name] for name, p in moe.parameters_of(policy).items()}
 
 
 def same(a, b, tolerance=1e-12):
@@ -230,15 +230,15 @@ def test_every_scope_is_its_definition(scope, accumulation):
 
 
 def rank_of_two(rank, port, folder, scope, accumulation):
-    """One of two processes: the step under DDP; rank 0 leaves its result."""
+    """One of two processes: the step on its part of the weights; rank 0 leaves its result."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    world = moe.start_world(Config(ddp_timeout=60))
-    policy = moe.DistributedDataParallel(moe.RoutedPolicy(small_model()), broadcast_buffers=False)
+    world = moe.start(Config(ddp_timeout=60))
+    policy = moe.shard(moe.RoutedPolicy(small_model()), Config(), world)
     numbers, changes = step_of(policy, world, accumulation, balance=scope)
     if rank == 0:
         torch.save((numbers, changes), folder / "result.pt")
-    moe.barrier()
+    moe.total([0], world)
     os._exit(0)
 
 
@@ -598,18 +598,24 @@ def test_the_plan_repeats_and_passes_are_whole():
         assert not np.array_equal(rows[:size], rows[size : 2 * size])  # each pass in a new order
 
 
+def stream_of(name, split, n_rows, tokenizer, config):
+    """The rows of a domain's split, as main makes them."""
+    texts = moe.documents(name, split, n_rows * config.max_length, config)
+    return moe.make_stream(name, texts, n_rows, tokenizer, config)
+
+
 def test_streams_hold_documents_whole_and_splits_apart(tmp_path):
     tokenizer, config = char_tokenizer(), Config(max_length=64)
     for name in ("code", "docs", "chain", "synthetic:1"):
-        stream = moe.make_stream(name, "train", 6, tokenizer, config)
+        stream = stream_of(name, "train", 6, tokenizer, config)
         assert len(stream) == 6 and len(stream.ids) == 6 * 64
-        again = moe.make_stream(name, "train", 6, tokenizer, config)
+        again = stream_of(name, "train", 6, tokenizer, config)
         assert np.array_equal(stream.ids, again.ids)
-        held = moe.make_stream(name, "validation", 6, tokenizer, config)
+        held = stream_of(name, "validation", 6, tokenizer, config)
         assert all(stream.row(i)[1][0] == 0 for i in range(6))  # a row is read by itself, so positions begin anew
         rows = {tuple(stream.row(i)[0]) for i in range(6)}
         assert not rows & {tuple(held.row(i)[0]) for i in range(6)}
-    ids, positions = moe.make_stream("chain", "train", 6, tokenizer, config).row(0)
+    ids, positions = stream_of("chain", "train", 6, tokenizer, config).row(0)
     texts = tokenizer.decode(ids.tolist()).split("<eos>")
     assert (
         len(texts) > 2
@@ -622,16 +628,16 @@ def test_streams_hold_documents_whole_and_splits_apart(tmp_path):
         splits = [set(moe.documents(str(tmp_path / name), split, 0, config)) for split in ("train", "validation")]
         assert splits[0] and splits[1] and not splits[0] & splits[1]
     with pytest.raises(InputError, match="c.jsonl: row 2"):
-        moe.make_stream(str(tmp_path / "c.jsonl"), "train", 6, tokenizer, config)
+        stream_of(str(tmp_path / "c.jsonl"), "train", 6, tokenizer, config)
     pieces = moe.cut_text("12345\n" * 1000)
     assert "".join(pieces) == "12345\n" * 1000 and 40 < len(pieces) < 60 and all(p.endswith("\n") for p in pieces)
 
 
-def test_no_row_has_one_token_alone(monkeypatch):
+def test_no_row_has_one_token_alone():
     """A stream of 9 tokens in rows of 8 would end in a row of one token, and a forward of that row has no position."""
     for n_rows, length, lengths in ((0, 9, [8]), (3, 9, [8]), (0, 10, [8, 2]), (0, 3, [3])):
-        monkeypatch.setattr(moe, "documents", lambda *_: ["x" * (length - 1)])  # and the end-of-text token
-        stream = moe.make_stream("any", "train", n_rows, char_tokenizer(), Config(max_length=8))
+        texts = ["x" * (length - 1)]  # and the end-of-text token
+        stream = moe.make_stream("any", texts, n_rows, char_tokenizer(), Config(max_length=8))
         assert [len(stream.row(i)[0]) for i in range(len(stream))] == lengths
         logps_BS = moe.RoutedPolicy(small_model())(collate_rows([stream], [(0, len(stream) - 1)], CPU))[0]
         assert logps_BS.shape == (1, lengths[-1] - 1)
@@ -710,10 +716,10 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
     assert moe.bias_of(model).tolist() == router["bias_LE"]
     copied = moe.load_start(Config(**SMALL, gate="sigmoid"), None)[0]  # what samples is the model with its bias
     policy = moe.RoutedPolicy(model)
-    moe.sample_texts(run, 9, copied, policy, tokenizer, ragged_streams(), Config(**TINY_RUN), ALONE)
+    moe.refresh(copied, policy)
     assert torch.equal(moe.bias_of(copied), moe.bias_of(model)) and moe.bias_of(model).any()
     streams = [
-        moe.make_stream(name, "validation", 2, tokenizer, Config(**TINY_RUN))
+        stream_of(name, "validation", 2, tokenizer, Config(**TINY_RUN))
         for name in ("chain", "synthetic:0", "synthetic:1")
     ]
     batch = collate_rows(streams, [(domain, 0) for domain in range(3)], CPU)
@@ -728,6 +734,13 @@ def test_a_bias_is_saved_beside_and_its_absence_is_measured(tmp_path, undrawn, c
     for folder in (run, checkpoint):
         with pytest.raises(InputError, match=f"--gate softmax: {folder} was trained with sigmoid"):
             moe.load_start(Config(model_name_or_path=str(folder)), None)
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["router"] == {"gate": "sigmoid", "bias_LE": router["bias_LE"]} and np.array(router["bias_LE"]).any()
+    (checkpoint / "state.json").write_text(json.dumps({"step": 6}))  # as another script has it
+    assert moe.saved_router(checkpoint) == moe.saved_router(tmp_path) == {}
+    (checkpoint / "state.json").write_text('{"step": ')
+    with pytest.raises(InputError, match="^--model_name_or_path .*: its router.json or state.json is"):
+        moe.saved_router(checkpoint)
 
 
 def test_upcycling_a_folder_and_scratch(tmp_path, undrawn):
@@ -808,9 +821,9 @@ def test_what_is_read_is_never_deleted(tmp_path):
 ])
 def test_a_balance_by_micro_batches_is_not_continued_with_others(tmp_path, flags, refused):
     first = Config(output_dir=str(tmp_path), micro_batch_tokens=512, **flags)
-    (tmp_path / "args.json").write_text(json.dumps({"flags": vars(first)}))
-    moe.check_micro_batches(first, tmp_path / "checkpoints" / "step_1")
+    before = {"flags": vars(first)}
+    moe.check_micro_batches(first, before)
     other = Config(output_dir=str(tmp_path), micro_batch_tokens=256, **flags)
-    moe.check_micro_batches(other, None)
+    moe.check_micro_batches(other, {"flags": vars(other)})  # a new run
     with pytest.raises(InputError, match="--micro_batch_tokens 256: .* has 512") if refused else nullcontext():
-        moe.check_micro_batches(other, tmp_path / "checkpoints" / "step_1")
+        moe.check_micro_batches(other, before)

@@ -3,7 +3,8 @@ import copy
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import sft
-from eval import InputError, char_tokenizer, encode_prompt, end_of_turn, load_model, load_problems, verify
+from eval import (InputError, Log, char_tokenizer, describe_run, encode_prompt, end_of_turn, load_eval_problems, load_model,
+                  load_problems, newest_checkpoint, verify, write_json)
 from sft import Config, Example, World, collate, make_examples, micro_batches, nll_loss, row_examples, rows_of_step
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -177,12 +179,12 @@ def test_gradient_checkpointing_changes_nothing(tiny):
     _, found = gradients(model, uneven(tokenizer), 4, 0)
     assert all(torch.allclose(found[name], plain[name], atol=1e-6) for name in plain)
     for asked in (True, False):
-        policy = sft.distribute(sft.Policy(copy.deepcopy(tiny[0])), Config(gradient_checkpointing=asked), ALONE)
+        policy = sft.shard(sft.Policy(copy.deepcopy(tiny[0]).train()), Config(gradient_checkpointing=asked), ALONE)
         assert policy.model.is_gradient_checkpointing == asked and policy.training
 
 
 def test_a_decoder_of_its_own_keeps_rotary_frequencies_in_float32(tiny):
-    decoder = sft.make_decoder(tiny[0], Config(fsdp=True, bf16=True), ALONE)
+    decoder = sft.make_decoder(tiny[0], Config(bf16=True), ALONE)
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in decoder.parameters())
     assert {b.dtype for b in decoder.buffers()} == {torch.float32} and decoder is not tiny[0]
     assert {p.dtype for p in tiny[0].parameters()} == {torch.float32}
@@ -190,14 +192,19 @@ def test_a_decoder_of_its_own_keeps_rotary_frequencies_in_float32(tiny):
 
 def test_a_run_needs_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert sft.run_args(Config(), ALONE)["git_commit"] is None
+    assert describe_run(Config(), [], ALONE)["git_commit"] is None
 
 
 def test_one_process_speaks_for_all(monkeypatch, capsys):
-    monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
-    for rank in (1, 0):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sft.dist, "init_process_group", lambda timeout: None)
+    monkeypatch.setattr(sft.dist, "get_world_size", lambda: 2)
+    for rank in (0, 1):
         monkeypatch.setattr(sft.dist, "get_rank", lambda: rank)
-        sft.say(f"process {rank}")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)  # is put back
+            assert sft.start(Config())[:2] == (rank, 2)
+            print(f"process {rank}")
     assert capsys.readouterr().out == "process 0\n"
 
 
@@ -220,7 +227,13 @@ def test_the_model_that_samples_is_a_copy_on_the_device_of_training(tiny):
     """A copy left on the CPU would sample there beside an idle GPU; `meta` stands in for the GPU."""
     decoder = sft.make_decoder(tiny[0], Config(bf16=True), World(0, 1, torch.device("meta")))
     assert {(p.device.type, p.dtype, p.requires_grad) for p in decoder.parameters()} == {("meta", torch.bfloat16, False)}
-    assert sft.make_decoder(tiny[0], Config(), ALONE) is tiny[0] and tiny[0].device.type == "cpu"
+    decoder, policy = sft.make_decoder(tiny[0], Config(), ALONE), sft.Policy(copy.deepcopy(tiny[0]))
+    for tensor in (policy.model.lm_head.weight.data, policy.model.model.rotary_emb.inv_freq):
+        tensor += 1
+    weight, buffer = decoder.lm_head.weight, decoder.model.rotary_emb.inv_freq
+    assert torch.equal(weight, tiny[0].lm_head.weight) and weight is not tiny[0].lm_head.weight
+    sft.refresh(decoder, policy)
+    assert torch.equal(weight, policy.model.lm_head.weight) and torch.equal(buffer, policy.model.model.rotary_emb.inv_freq)
 
 
 def test_padding_is_exact_because_nothing_looks_right(tiny):
@@ -263,7 +276,7 @@ def test_schedule(kind):
 
 
 def check_schedule(kind, config):
-    rates = [sft.scheduled_rate(step, config) for step in range(13)]
+    rates = [sft.learning_rate(step, config) for step in range(13)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     wanted = {"constant": lambda x: 2.0, "linear": lambda x: 2 * (1 - x), "cosine": lambda x: 1 + math.cos(math.pi * x)}
     assert rates[4:] == pytest.approx([wanted[kind](i / 8) for i in range(9)])
@@ -305,13 +318,19 @@ def test_a_step_after_a_bad_one_is_as_if_there_had_been_none():
         assert torch.allclose(policy.weight, before - 0.5 * moved)
 
 
+def new_log(folder, config):
+    """The Log of a new run in this folder."""
+    config.output_dir = str(folder)
+    return Log(describe_run(config, [], ALONE), None, SimpleNamespace(num_parameters=lambda: 0), config, ALONE)
+
+
 def test_only_bad_steps_in_a_row_end_a_run(tmp_path):
-    state, config = {"step": 0, "bad_steps": 0}, Config(max_bad_steps=3)
+    state, log = {"step": 0, "bad_steps": 0}, new_log(tmp_path, Config(max_bad_steps=3))
     for taken in (False, False, True) * 2 + (False, False):
-        sft.note_step(tmp_path, state, taken, [7], config, ALONE)
+        log.count(state, taken, [7])
     assert state == {"step": 8, "bad_steps": 2}
     with pytest.raises(sft.RunError, match="3 steps in a row"):
-        sft.note_step(tmp_path, state, False, [7], config, ALONE)
+        log.count(state, False, [7])
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "rows": [7]} for step in (1, 2, 4, 5, 7, 8, 9)]
 
@@ -319,20 +338,21 @@ def test_only_bad_steps_in_a_row_end_a_run(tmp_path):
 def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path):
     for step in (8, 9, 10, 100):
         (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
-        sft.write_json(tmp_path / "checkpoints" / f"step_{step}" / "manifest.json", {})
-    assert sft.newest_checkpoint(tmp_path).name == "step_100"
-    (tmp_path / "checkpoints" / "step_100" / "manifest.json").unlink()
-    assert sft.newest_checkpoint(tmp_path).name == "step_10"
+        write_json(tmp_path / "checkpoints" / f"step_{step}" / "state.json", {"sizes": {}})
+    assert newest_checkpoint(tmp_path).name == "step_100"
+    (tmp_path / "checkpoints" / "step_100" / "state.json").unlink()
+    assert newest_checkpoint(tmp_path).name == "step_10"
 
 
 def test_a_run_is_evaluated_greedily_on_problems_it_does_not_train_on(tmp_path, tiny):
     config = Config(output_dir=str(tmp_path), n_eval=30, levels="1-2", max_completion_length=8)
-    problems = sft.load_eval_problems(config)
+    problems = load_eval_problems(config)
     assert problems == load_problems("chain", "validation", 30, 0, levels="1-2")
     assert not {p.prompt for p in problems} & {p.prompt for p in load_problems("chain", "train")}
+    log = new_log(tmp_path, config)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        sft.evaluate_policy(tmp_path, 0, tiny[0], sft.Policy(tiny[0]), tiny[1], problems, config, ALONE)
+        sft.eval_numbers(tiny[0], tiny[1], problems, 0, log, config)
     shown = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     for record in shown:
         ids = torch.tensor([encode_prompt(tiny[1], record["prompt"])])
@@ -435,10 +455,10 @@ def test_solutions_are_spoiled_at_the_rate_asked_for():
 
 
 def test_an_evaluation_between_the_printed_steps_is_printed(tmp_path, capsys):
-    sft.main(Config(output_dir=str(tmp_path / "run"), max_steps=5, eval_steps=2, logging_steps=3, n_eval=2, n_train=8,
+    sft.main(Config(output_dir=str(tmp_path / "run"), max_steps=7, eval_steps=3, logging_steps=5, n_eval=2, n_train=8,
                     per_device_train_batch_size=2, max_completion_length=4))
     printed = [line.split("/")[0].strip() for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
-    assert printed == ["2", "3", "4", "5"]
+    assert printed == ["1", "3", "5", "6", "7"]  # the first step, so that one sees that it goes on
 
 
 @pytest.mark.parametrize("flags, fault", [
@@ -466,7 +486,7 @@ def test_data_on_the_hub_may_have_trls_formats(monkeypatch):
     assert sft.load_rows(Config(dataset_name="owner/problems", n_train=2))[1]["completion"] == "Two.\n#### 2"
 
 
-def test_wandb_gets_flags_curves_and_samples(tmp_path, monkeypatch):
+def test_wandb_gets_flags_and_curves(tmp_path, monkeypatch):
     """Of two runs in one process each is a run of its own, whatever folder it is in, and is found again by its id."""
     inits, lines = [], []
 
@@ -478,24 +498,21 @@ def test_wandb_gets_flags_curves_and_samples(tmp_path, monkeypatch):
         inits.append(settings)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda columns, data: (columns, data)))
+    wandb = SimpleNamespace(init=init, __spec__=ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = Config(report_to="wandb", max_steps=2)
     for folder in ("a", "b", "b"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        if not (tmp_path / folder / "args.json").exists():
-            (tmp_path / folder / "args.json").write_text(json.dumps(sft.run_args(config, ALONE)))
-        log = sft.Log(tmp_path / folder, config, ALONE)
-        sft.append_line(tmp_path / folder / "samples.jsonl", {"step": 1, "text": folder})
-        log.step(1, {"loss": 1.0}, (), 1, 1.0)  # no step that is printed: its sample waits for the next table
-        sft.append_line(tmp_path / folder / "samples.jsonl", {"step": 2, "text": folder})
+        config.output_dir = str(tmp_path / folder)
+        args, resume = sft.open_run(config, [], ALONE)
+        log = Log(args, resume, SimpleNamespace(num_parameters=lambda: 0), config, ALONE)
+        log.step(1, {"loss": 1.0}, (), 1, 1.0)
         log.step(2, {"loss": 0.5}, (), 1, 1.0)
-    assert all(settings["config"].items() >= asdict(config).items() for settings in inits)
+    assert all(settings["config"].items() >= asdict(replace(config, output_dir=settings["config"]["output_dir"])).items()
+               for settings in inits)
     assert all("versions" in settings["config"] and settings["reinit"] == "finish_previous" for settings in inits)
     a, b, again = (settings["id"] for settings in inits)
     assert a != b == again
-    assert [line.get("samples") for _, line in lines] == [
-        (["step", "text"], [["1", folder], ["2", folder]]) if due else None for folder in "abb" for due in (False, True)]
-    assert [line["loss"] for _, line in lines] == [1.0, 0.5] * 3
+    assert [line["loss"] for _, line in lines] == [1.0, 0.5] * 3 and [step for step, _ in lines] == [1, 2] * 3
 
 
 def test_text_and_messages_are_not_mixed_in_a_row():

@@ -13,6 +13,7 @@ from torch import nn
 import faults
 import sft
 from eval import InputError, char_tokenizer, encode_prompt, generate, load_model, load_problems, verify
+from rounding import rounding_of_run
 from sft import Config, Example, LowRank, World, collate, micro_batches, row_examples, rows_of_step
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def test_dco_a_weighs_rows_by_their_pass_rate(trained, examples):
         assert close(found, wanted)
 
 
-def test_pass_rates_are_those_of_the_samples(tmp_path):
+def test_pass_rates_are_those_of_the_samples(monkeypatch):
     model, tokenizer = load_model("tiny")
     problems = load_problems("chain", "train", 7, levels="1")
     prompts, answers = [encode_prompt(tokenizer, p.prompt) for p in problems], [str(i) for i in range(7)]
@@ -153,6 +154,7 @@ def test_pass_rates_are_those_of_the_samples(tmp_path):
     texts = generate(model, tokenizer, prompts, 40, 3, seed=[3, 1]).texts(tokenizer)
     assert rates == [sum(verify(text, a) for text in texts[40 * i : 40 * i + 40]) / 40 for i, a in enumerate(answers)]
     assert 0 < sum(rates) < 3
+    monkeypatch.setattr(sft.dist, "all_reduce", lambda values: None)  # each process's own part of the sum
     shares = [sft.pass_rates(model, tokenizer, prompts, answers, [3, 1], config, World(rank, 2, CPU))
               for rank in (0, 1)]
     assert [a + b for a, b in zip(*shares)] == rates
@@ -287,13 +289,10 @@ def test_only_adapters_train_and_the_merged_model_computes_the_same(init, tmp_pa
     ids = torch.arange(40).view(2, 20)
     logits = model(ids).logits
     assert (logits - before(ids).logits).abs().max() > 0.1
-    model.save_pretrained(tmp_path / "checkpoint")
-    sft.merge_adapters(model)
-    model.save_pretrained(tmp_path / "export")
-    assert load_file(tmp_path / "export" / "model.safetensors").keys() == before.state_dict().keys()
-    for folder in ("checkpoint", "export"):
-        again = type(model).from_pretrained(tmp_path / folder)
-        assert torch.allclose(again(ids).logits, logits, atol=2e-5), folder
+    sft.save_model(tmp_path / "saved", sft.Policy(model), char_tokenizer(), ALONE)
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == before.state_dict().keys()
+    again = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.allclose(again(ids).logits, logits, atol=2e-5)
 
 
 def test_pissa_begins_with_the_largest_singular_values():
@@ -374,7 +373,7 @@ def test_a_run_trains_on_the_selected_problems_and_says_how_often_they_were_solv
     seen = {}
     monkeypatch.setattr(sft, "pass_rates", lambda decoder, tokenizer, prompts, *_: [
         seen.setdefault("pool", len(prompts)) and int(tokenizer.decode(ids)[:1]) / 10 for ids in prompts])
-    monkeypatch.setattr(sft, "begin_run", lambda config, world, resume, args, model, data: seen.update(data=data) or 1 / 0)
+    monkeypatch.setattr(sft, "annotator", lambda rows, examples, *_: seen.update(data=examples) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sft.main(Config(output_dir=str(tmp_path / "run"), select="easy", n_train=10, select_pool=60, levels="1"))
     tokenizer = char_tokenizer()
@@ -516,13 +515,13 @@ def test_a_stopped_run_ends_bit_equal(whole, tmp_path, name):
     assert all(0.02 < factor < 0.98 for factor in factors)  # or the pass rates were all alike
 
 
-@pytest.mark.parametrize("name, fsdp", [(name, name in ("stablemax_perp", "dco_pissa", "lora_sb")) for name in RUNS])
-def test_two_processes_equal_one(whole, tmp_path, name, fsdp):
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(whole, tmp_path, name):
     flags, expected = whole(name)
-    mine = {**flags, "output_dir": tmp_path / "run", "fsdp": fsdp, "per_device_train_batch_size": 4}
+    mine = {**flags, "output_dir": tmp_path / "run", "per_device_train_batch_size": 4}
     codes, text = faults.run("sft", mine, ranks=2)
     assert codes == [0, 0], text
-    assert faults.largest_difference(tmp_path / "run", expected) < 2e-5
+    assert faults.largest_difference(tmp_path / "run", expected) < rounding_of_run(expected)
 
 
 @pytest.mark.parametrize("name", ["dco_step_budgets", "entropy_replay", "stablemax_perp"])
@@ -531,22 +530,23 @@ def test_memory_flags_change_nothing(whole, tmp_path, name):
     mine = {**flags, "output_dir": tmp_path / "run", "micro_batch_tokens": 1}
     codes, text = faults.run("sft", mine)
     assert codes == [0], text
-    assert faults.largest_difference(tmp_path / "run", expected) < 2e-5
+    assert faults.largest_difference(tmp_path / "run", expected) < rounding_of_run(expected)
 
 
 def test_a_checkpoint_of_adapters_is_a_plain_model(whole):
     _, run = whole("dco_pissa")
     last, end = (load_file(folder / "model.safetensors") for folder in (run / "checkpoints" / "step_4", run))
     assert last.keys() == end.keys() and all(torch.equal(last[name], end[name]) for name in end)
-    assert {name.rsplit(".")[-1] for name in load_file(run / "checkpoints" / "step_4" / "tensors.safetensors")} == {
-        "up", "down", "up0", "down0"}
+    [shard] = (run / "checkpoints" / "step_4" / "optimizer").iterdir()
+    kinds = {name.rsplit(".")[-1] for name in load_file(shard)}
+    assert kinds == {"up", "down", "up0", "down0", "step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("flags, named", [
     (dict(loss_type="ce"), "--loss_type ce"), (dict(dco_n=0), "--dco_n 0"), (dict(select="best"), "--select best"),
     (dict(select="hard", n_train=0), "--select hard"), (dict(select="hard", select_pool=3, n_train=9), "--select_pool"),
     (dict(entropy_keep=0.0), "--entropy_keep 0.0"), (dict(entropy_discount=float("nan")), "--entropy_discount nan"),
-    (dict(thought_budgets=[0.5, 2.0]), "--thought_budgets 0.5 2.0"), (dict(step_separator=""), "--step_separator"),
+    (dict(thought_budgets=[0.5, 2.0]), "--thought_budgets 2.0"), (dict(step_separator=""), "--step_separator"),
     (dict(step_separator="x", thought_budgets=[0.5]), "--step_separator 'x'"),
     (dict(step_separator="x", loss_type="dco_step"), "--step_separator 'x'"),
     (dict(rewarm="hot"), "--rewarm hot"), (dict(replay_share=0.5), "--replay_share 0.5"),

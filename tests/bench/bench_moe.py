@@ -67,7 +67,8 @@ def moe_model(case, implementation):
 def our_step(case, ids_BT, device):
     """A function that does one step of moe.py, global balance and all it logs included."""
     world, config = moe.World(0, 1, device), moe.Config(learning_rate=1e-4, warmup_steps=0)
-    policy = moe.shard(moe.RoutedPolicy(moe.install_layers(moe_model(case, "eager"), "softmax").train()), config, world)
+    model = moe.install_layers(moe_model(case, "eager"), "softmax")
+    policy = moe.shard(moe.RoutedPolicy(model.train()), config, world)
     optimizer, streams = moe.make_optimizer(policy, config), []
     for b, ids in enumerate(ids_BT.numpy()):
         streams.append(moe.Stream(str(b), ids, moe.np.arange(len(ids), dtype=moe.np.int32), len(ids)))
