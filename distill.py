@@ -28,26 +28,22 @@ predicting positions · N trained tokens · V vocabulary · D, H the student's a
     python distill.py --method on_policy --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --dataset_test_split test \
         --output_dir runs/kd                                                                 # one GPU
-    torchrun --nproc-per-node 8 distill.py --fsdp ...                                        # several GPUs
+    torchrun --nproc-per-node 8 distill.py ...                                               # several GPUs
 """
 
-import contextlib
 import copy
 import gc
 import hashlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -56,18 +52,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from eval import (InputError, Problem, Rollouts, answer_key, chat_text, encode_prompt, end_of_turn, evaluate,
-                  extract_answer, fill_template, flag, generate, load_model, load_problems, load_tokenizer, parse_flags,
-                  plot_runs, read_rows, softcap, stop_ids, verify)
+from eval import (InputError, Log, Problem, ProblemFlags, Rollouts, RunError, RunFlags, answer_key, chat_text,
+                  encode_prompt, end_of_turn, eval_numbers, extract_answer, fill_template, flag, generate,
+                  keep_checkpoint, launch, leave, load_eval_problems, load_model, load_problems, load_tokenizer,
+                  open_run, publish, read_rows, softcap, stop_ids, stop_signals, verify)
 from kernels import linear_kl, linear_logps, linear_topk, topk_kl
 
 # --- config ---
@@ -75,14 +69,14 @@ from kernels import linear_kl, linear_logps, linear_topk, topk_kl
 
 @dataclass
 class Config(ProblemFlags, RunFlags):
-    SECTIONS = {"method": "method", "model_name_or_path": "model and data", "output_dir": "the run's folder",
-                "divergence": "divergence", "teacher_sft_steps": "rlt: the teacher", "n_traces": "traces and templates",
-                "max_completion_length": "sampling", "per_device_train_batch_size": "optimizer and memory",
-                "logging_steps": "logs, evaluation, checkpoints"}
+    SECTIONS = {"method": "method", "model_name_or_path": "model", "dataset_name": "data",
+                "output_dir": "the run's folder", "divergence": "divergence", "teacher_sft_steps": "rlt: the teacher",
+                "n_traces": "traces and templates", "temperature": "sampling, lengths",
+                "per_device_train_batch_size": "optimizer and memory", "logging_steps": "logs, evaluation, checkpoints"}
 
-    method: str = flag("rlt", "rlt, ssb, logits, on_policy or bootstrap",
+    method: str = flag("rlt", "rlt trains a teacher, then its student; the others train the student alone",
                        choices=("rlt", "ssb", "logits", "on_policy", "bootstrap"))
-    stage: str = flag("all", "rlt: all, or one of warm_up, teacher, student",
+    stage: str = flag("all", "rlt: a single one of its runs; all: one after the other",
                       choices=("all", "warm_up", "teacher", "student"))
     model_name_or_path: str = flag("runs/sft", "the student: a hub name or a local folder; by default what sft.py left")
     teacher_model_name_or_path: str = flag("", "the teacher, of the student's vocabulary; empty: a copy of the student")
@@ -90,6 +84,7 @@ class Config(ProblemFlags, RunFlags):
                              low=0, high=1)
     output_dir: str = flag("runs/distill", "the run's folder; of several stages each has one of its own in it",
                            free=True)
+
     divergence: str = flag("auto", "forward KL(teacher || student), reverse, or jsd; auto: reverse for on_policy",
                            choices=("auto", "forward", "reverse", "jsd"))
     jsd_beta: float = flag(0.5, "jsd: the teacher's share of the mixture, above 0 and below 1 (no KL at the ends)")
@@ -104,11 +99,13 @@ class Config(ProblemFlags, RunFlags):
                             choices=("dataset", "teacher"))
     lmbda: float = flag(1.0, "on_policy: share of rows that the student samples; the others are the data's",
                         low=0, high=1)
+
     teacher_sft_steps: int = flag(150, "warm_up: steps of fine-tuning on the problems' own solutions; 0: no such stage",
                                   low=0)
     teacher_steps: int = flag(60, "teacher: optimizer steps", low=1)
     teacher_learning_rate: float = flag(0.0, "teacher: learning rate; 0: 5e-5 under 10 M parameters, 1e-6 above", low=0)
-    teacher_batch_size: int = flag(256, "teacher: per_device_train_batch_size of this stage, in explanations", low=1)
+    teacher_batch_size: int = flag(256, "teacher: per_device_train_batch_size of this stage, in explanations", low=1,
+                                   free=True)
     rlt_alpha: float = flag(0.01, "rlt: weight of the least clear solution token and of the least plausible thought",
                             low=0)
     rlt_lambda: float = flag(3.0, "rlt: weight of the thoughts' implausibility", low=0)
@@ -116,6 +113,7 @@ class Config(ProblemFlags, RunFlags):
     beta: float = flag(0.04, "rlt: weight of the KL divergence to the reference", low=0)
     ref_model_sync_steps: int = flag(32, "rlt: the reference follows the teacher every so many steps", low=1)
     ref_model_mixup_alpha: float = flag(0.9, "rlt: how far it then goes, 1 being all the way", low=0, high=1)
+
     n_traces: int = flag(2000, "rlt, ssb, bootstrap, completions teacher: problems to sample for; 0: all", low=0)
     num_generations: int = flag(8, "rlt: explanations per problem and step; ssb, bootstrap: samples per problem", low=1)
     min_thought_tokens: int = flag(0, "bootstrap: drop shorter samples", low=0)
@@ -129,13 +127,17 @@ class Config(ProblemFlags, RunFlags):
     solution_template: str = flag("auto", "rlt, rounds: the text both know as the solution; {answer}, {solution}")
     thought_prefix: str = flag("auto", "rlt, rounds: what opens the student's thinking, such as <think>")
     thought_suffix: str = flag("auto", "rlt, rounds: what closes it; the solution follows")
+
     temperature: float = flag(1.0, "of sampling; rlt: it divides the logits behind the reward and the loss too")
     trace_temperature: float = flag(0.3, "of the teacher's texts for the student: rlt, completions teacher", low=0)
-    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1)
-    max_steps: int = flag(200, "optimizer steps of the student", low=1)
-    lr_scheduler_type: str = flag("cosine", "after the warm-up", choices=("constant", "linear", "cosine"))
-    warmup_steps: float = flag(0.05, "steps of linear warm-up; below 1: this share of all steps", low=0)
+    generation_batch_size: int = flag(256, "rows decoded at once; memory and speed only", low=1, free=True)
     max_length: int = flag(1024, "tokens; longer examples of the data are left out and counted (TRL cuts them)", low=2)
+
+    max_steps: int = flag(200, "optimizer steps of the student", low=1)
+    learning_rate: float = flag(0.0, "peak, of the warm-up stage too; 0: 1e-3 under 10 M parameters, 1e-5 above", low=0)
+    lr_scheduler_type: str = flag("cosine", "after the warm-up; rlt's teacher: constant",
+                                  choices=("constant", "linear", "cosine"))
+    warmup_steps: float = flag(0.05, "steps of linear warm-up; below 1: this share of all steps", low=0)
     logging_steps: int = flag(10, "print a line every so many steps; metrics.jsonl has every step", low=1, free=True)
     eval_steps: int = flag(100, "evaluate the student (greedy) every so many steps and at the end; 0: never", low=0)
     save_steps: int = flag(50, "checkpoint every so many steps; 0: only when stopped and at the end", low=0, free=True)
@@ -231,445 +233,206 @@ def thought_weights(joint_PG, proposal_PG):
     return log_w_PG.softmax(1).nan_to_num(0.0), elbo_P
 
 
-# --- data ---
+# --- stages ---
 
 
-class Example(NamedTuple):
-    """One sequence to train on."""
+class Reinforce:
+    """Stage `teacher` of rlt: each step samples explanations, has the student judge them, and trains on the verdict."""
 
-    ids: list  # token ids
-    trained: list  # bool for each id: is it trained on?
+    def __init__(self, problems, tokenizer, config, world, resume):
+        self.tokenizer, self.config, self.world = tokenizer, config, world
+        self.lessons, self.tags = make_lessons(problems, tokenizer, config), make_tags(tokenizer, config)
+        self.about, self.traces, self.reference = {}, None, None
+        student = load_other("model_name_or_path", tokenizer, config, world)
+        self.n_ids = student.get_input_embeddings().num_embeddings
+        self.frozen_flag = f"--model_name_or_path {config.model_name_or_path}"
+        self.frozen_sha256 = weights_sha256(student)
+        self.frozen = shard(Learner(student), config, world)
+        if config.beta:  # the teacher as it begins, in float32, because it will move by small shares
+            begun = load_other("teacher_model_name_or_path", tokenizer, config, world, torch.float32)
+            self.reference = shard(Learner(begun), config, world)
+
+    def begin(self, step, decoder):
+        """Rolls out step `step`: (indices of its problems, the numbers to log); sets examples and lengths."""
+        config, G = self.config, self.config.num_generations
+        n_problems = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size // G
+        picked = rows_of_step(len(self.lessons), n_problems, step, config.seed)
+        lessons_P = [self.lessons[i] for i in picked]
+        rollouts = sample(decoder, self.tokenizer, [lesson.teacher_prompt for lesson in lessons_P], G, step, config,
+                          self.world)
+        check_ids(rollouts, self.n_ids, "teacher", "student")
+        clear_R, forced_R = score_explanations(self.frozen, lessons_P, rollouts, self.tags, config, self.world)
+        cut_R = ~rollouts.finished_R
+        rewards_PG = (clear_R - config.rlt_lambda * forced_R - config.format_penalty * cut_R).view(-1, G)
+        if not rewards_PG.isfinite().all():
+            raise RunError("the student gave an explanation a log-probability that is not finite")
+        advantages_R = group_advantages(rewards_PG, "group").flatten()
+        moves_R = (advantages_R != 0) | bool(config.beta)  # without advantage and KL the gradient is zero
+        self.rows, self.n_rows = moves_R.nonzero()[:, 0].tolist(), len(moves_R)
+        self.advantages = advantages_R[self.rows]
+        self.examples = [trace_example(lessons_P[row // G].teacher_prompt, rollouts.ids(row)) for row in self.rows]
+        self.lengths = [len(example.ids) for example in self.examples]
+        self.n_tokens = int(rollouts.lengths_R[self.rows].sum())
+        numbers = {"reward": rewards_PG.mean(), "reward_std": rewards_PG.std(1).mean(),
+                   "frac_reward_zero_std": silent_groups(rewards_PG).float().mean(),
+                   "rewards/understanding/mean": clear_R.mean(), "rewards/implausibility/mean": forced_R.mean(),
+                   "completions/mean_length": rollouts.lengths_R.float().mean(),
+                   "completions/clipped_ratio": cut_R.float().mean()}
+        texts = self.tokenizer.batch_decode([thought_of(rollouts, row) for row in range(2)],
+                                            clean_up_tokenization_spaces=False)
+        self.samples = [{"prompt": lessons_P[0].problem.prompt, "completion": text, "reward": float(reward)}
+                        for text, reward in zip(texts, rewards_PG[0])]
+        return picked, {name: float(value) for name, value in numbers.items()}
+
+    def loss_of(self, policy, batch):
+        """The batch's share of the step's loss, and of the numbers logged."""
+        config = self.config
+        logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
+        advantages_B = logps_BS.new_zeros(len(batch.mask_BS))  # a batch without rows has one that trains nothing
+        advantages_B[: len(batch.rows)] = self.advantages[batch.rows].to(logps_BS)
+        numbers, reference_logps_BS = {"entropy": entropy_BS.detach().sum() / self.n_tokens}, None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_logps_BS, _ = self.reference(batch, config.temperature)
+            kl_BS = kl_k3(logps_BS.detach(), reference_logps_BS)
+            numbers["kl"] = (kl_BS * batch.mask_BS).sum() / self.n_tokens
+        loss = teacher_loss(logps_BS, reference_logps_BS, advantages_B, batch.mask_BS, config.beta, self.n_rows)
+        return loss, numbers
 
 
-def turn(tokenizer, prompt, text):
-    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
-    if tokenizer.chat_template:
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = leading_space(tokenizer, prompt, text) + text
-    answer = tokenizer(text, add_special_tokens=False).input_ids
-    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
+class Imitate:
+    """Every other stage: examples, made before the first step or by the student in each, with or without a teacher.
 
-
-def leading_space(tokenizer, messages, answer):
-    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
-    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
-    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    before = whole.rpartition(answer)[0] if answer else ""
-    between = before[len(prompt) :] if before.startswith(prompt) else ""
-    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
-
-
-def chat_examples(tokenizer, messages):
-    """Every assistant turn of a conversation, each in the context the chat template would give it when sampling.
-
-    Turns share one example as long as the template only appends; where it rewrites earlier turns (some drop the
-    thinking of all turns but the last), the next turn starts an example of its own.
+    Student and teacher read a completion in contexts that may differ; the trained tokens are the same, in one order.
     """
-    examples = []
-    for i, message in enumerate(messages):
-        if i == 0 or message["role"] != "assistant":  # a greeting that answers nothing is context
-            continue
-        prompt, answer = turn(tokenizer, messages[:i], message["content"])
-        if examples and prompt[: len(examples[-1].ids)] == examples[-1].ids:
-            so_far = examples.pop()
+
+    def __init__(self, data, tokenizer, config, world, resume):
+        self.tokenizer, self.config, self.world = tokenizer, config, world
+        self.frozen, self.frozen_sha256, self.reference = None, None, None
+        self.traces, self.samples, self.about = None, (), {}
+        if config.stage == "warm_up":
+            self.pool = make_warm_up(data, tokenizer, config)
+        elif config.method == "on_policy" or config.method == "logits" and config.completions == "dataset":
+            self.pool = pruned(make_examples(data, tokenizer, config), config)
         else:
-            so_far = Example([], [])
-        between = prompt[len(so_far.ids) :]
-        examples.append(Example(so_far.ids + between + answer,
-                                so_far.trained + [False] * len(between) + [True] * len(answer)))
-    return examples
+            self.traces = read_traces(Path(config.output_dir)) if resume else self.make_traces(data)
+            self.pool = [trace_example(trace.prompt_ids, trace.completion_ids) for trace in self.traces]
+        self.teacher_pool = self.pool
+        if config.method == "ssb":  # the one teacher that reads more than the student
+            self.teacher_pool = [trace_example(trace.teacher_prompt_ids, trace.completion_ids) for trace in self.traces]
+        if config.method == "on_policy" and not all(map(prompt_of, self.pool)):
+            raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
+        if config.kd_weight:
+            self.frozen_flag = f"--teacher_model_name_or_path {config.teacher_model_name_or_path}"
+            teacher = load_other("teacher_model_name_or_path", tokenizer, config, world)
+            if softcap(teacher) is not None:
+                raise InputError(f"{self.frozen_flag}: caps its logits, which the divergence does not support")
+            self.n_ids = teacher.get_input_embeddings().num_embeddings
+            self.frozen_sha256 = weights_sha256(teacher)
+            self.frozen = shard(Learner(teacher), config, world)
+            self.head_VH = whole(teacher.get_output_embeddings().weight)  # every process holds all of it
+
+    def make_traces(self, data):
+        """The traces of this stage, sampled by the teacher or what takes its place; InputError where none is left."""
+        config, tokenizer = self.config, self.tokenizer
+        sampler = load_other("teacher_model_name_or_path", tokenizer, config, self.world)
+        make = {"rlt": rlt_traces, "ssb": ssb_traces, "bootstrap": bootstrap_traces, "logits": teacher_traces}
+        make = em_traces if config.rounds else make[config.method]
+        if config.method != "logits":  # there the data is pruned before it is cut
+            data = data[: config.n_traces or None]
+        print(f"{config.method}: sampling" + f" for {len(data)} problems" * (config.method != "logits"), flush=True)
+        traces, self.about = make(sampler, tokenizer, data, config, self.world)
+        ends, end = stop_ids(sampler, tokenizer), end_of_turn(tokenizer)  # the student stops at its own end alone
+        traces = [trace._replace(completion_ids=[*trace.completion_ids[:-1], end])
+                  if trace.completion_ids[-1] in ends else trace for trace in traces]
+        largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
+        kept = [trace for trace in traces if max(trace.completion_ids) <= largest
+                and max(len(trace.prompt_ids), len(trace.teacher_prompt_ids)) + len(trace.completion_ids)
+                <= config.max_length]
+        about = ", ".join(f"{name} {value:.4g}" for name, value in self.about.items())
+        if not kept:
+            raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on ({about})")
+        print(f"{len(kept)} of {len(traces)} traces: {about}", flush=True)
+        self.about["data/traces"] = len(kept)
+        return kept
+
+    def begin(self, step, decoder):
+        """Chooses the rows of step `step`, sampling those that are the student's: (their indices, numbers to log)."""
+        config, numbers = self.config, {}
+        n_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
+        picked = rows_of_step(len(self.pool), n_rows, step, config.seed)
+        self.examples = self.teacher_examples = [self.pool[i] for i in picked]  # one list: what is sampled, both read
+        if self.teacher_pool is not self.pool:
+            self.teacher_examples = [self.teacher_pool[i] for i in picked]
+        if config.method == "on_policy":
+            own = np.flatnonzero(np.random.default_rng([config.seed, step, 1]).random(n_rows) < config.lmbda).tolist()
+            prompts = [prompt_of(self.examples[row]) for row in own]
+            rollouts = sample(decoder, self.tokenizer, prompts, 1, step, config, self.world)
+            for i, row in enumerate(own):
+                self.examples[row] = trace_example(prompts[i], rollouts.ids(i))
+            if own:
+                check_ids(rollouts, self.n_ids, "student", "teacher")
+                numbers = {"completions/mean_length": float(rollouts.lengths_R.float().mean()),
+                           "completions/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
+        self.lengths = [max(len(mine.ids), len(theirs.ids))
+                        for mine, theirs in zip(self.examples, self.teacher_examples)]
+        self.n_tokens = sum(sum(example.trained[1:]) for example in self.examples)
+        return picked, numbers
+
+    def loss_of(self, policy, batch):
+        """The batch's share of the step's loss, and of the numbers logged."""
+        config = self.config
+        if self.frozen is None:
+            logps_BS, _ = policy(batch)
+            return -logps_BS.sum() / self.n_tokens, {}  # 0 at untrained places
+        theirs = batch
+        if self.teacher_examples is not self.examples:
+            theirs = collate(self.teacher_examples, batch.rows, self.world.device)
+        with torch.no_grad():
+            teacher_hidden_NH = self.frozen(theirs, judge=lambda hidden_NH, weight_VH, targets_N: hidden_NH)
+
+        def judge(hidden_ND, weight_VD, targets_N):
+            kl_N = divergence(hidden_ND, weight_VD, teacher_hidden_NH, self.head_VH, config)
+            if config.kd_weight == 1:
+                return kl_N, kl_N.new_zeros(len(kl_N))
+            return kl_N, -linear_logps(hidden_ND, weight_VD, targets_N, entropy=False)[0]
+
+        kl_N, nll_N = policy(batch, judge=judge)
+        # the gradient of a divergence at a high temperature tau is about tau^2 smaller than at 1
+        loss_N = config.kd_weight * config.kd_temperature**2 * kl_N + (1 - config.kd_weight) * nll_N
+        numbers = {"divergence": kl_N.detach().sum() / self.n_tokens}
+        if config.kd_weight < 1:
+            numbers["nll"] = nll_N.detach().sum() / self.n_tokens
+        return loss_N.sum() / self.n_tokens, numbers
 
 
-def checked(row, name, kinds, where):
-    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
-    value = row[name]
-    texts = [message.get(key) if isinstance(message, dict) else None for message in value
-             for key in ("role", "content")] if isinstance(value, list) else [value]
-    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
-        wanted = {str: "text", list: "messages with a role and a content"}
-        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
-    return value
+def make_warm_up(problems, tokenizer, config):
+    """What teaches a teacher its format: the problems' own solutions, question and final answer given.
 
-
-def row_examples(tokenizer, row, where):
-    """The examples of one row in any of TRL's formats (messages; prompt and completion; text) or one Problem."""
-    if "messages" in row:
-        examples = chat_examples(tokenizer, checked(row, "messages", (list,), where))
-    elif "text" in row:
-        ids = tokenizer(checked(row, "text", (str,), where)).input_ids
-        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
-        examples = [Example(ids, [True] * len(ids))]
-    elif "prompt" in row and "completion" in row:
-        prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
-        if isinstance(completion, list) and isinstance(prompt, str):
-            raise InputError(f"{where}: prompt and completion must both be text or both be messages")
-        if isinstance(completion, list):  # chat: the last message is what is trained
-            prompt, completion = prompt + completion[:-1], completion[-1]["content"]
-        prompt, answer = turn(tokenizer, prompt, completion)
-        examples = [Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
-    else:
-        raise InputError(f"{where}: has columns {sorted(row)}; wanted: messages, or prompt and completion, or text")
-    if not any(any(example.trained[1:]) for example in examples):
-        raise InputError(f"{where}: no token to train on (no assistant turn, or an empty solution)")
-    return examples
-
-
-def load_train_problems(config, error_rate=0.0):
-    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
-    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
-                         levels=config.levels, domains=config.domains, error_rate=error_rate,
-                         prompt_column=config.prompt_column, answer_column=config.answer_column,
-                         prompt_template=config.prompt_template)
-
-
-def load_rows(config):
-    """The training data as a list of rows in TRL's formats, and where each stands, for error messages."""
-    name, split = config.dataset_name, config.dataset_train_split
-    if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
-        rows = read_rows(name, split)
-        if any(key in rows[0] for key in ("messages", "completion", "text")):
-            rows = rows[: config.n_train or None]
-            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt")
-                    else row for row in rows]
-    problems = load_train_problems(config, error_rate=config.error_rate)
-    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
-            for problem in problems]
-
-
-def make_examples(rows, tokenizer, config):
-    """Every row's examples, those over --max_length left out (and said). Raises InputError where none is left."""
-    examples = [e for i, row in enumerate(rows)
-                for e in row_examples(tokenizer, row, f"--dataset_name {config.dataset_name}: row {i + 1}")]
-    kept = [e for e in examples if len(e.ids) <= config.max_length]
-    lengths = [len(e.ids) for e in kept or examples]
+    Raises InputError where every solution stands in what the teacher reads: it would only learn to copy.
+    """
+    lessons = make_lessons(problems, tokenizer, config)
+    texts = [explanation(lesson.problem, config) for lesson in lessons]
+    if all(text in known_solution(lesson.problem, config) for text, lesson in zip(texts, lessons)):
+        raise InputError(f"--solution_template {config.solution_template}: the teacher reads the very text that the "
+                         "warm-up would teach it to write; take '#### {answer}', or --teacher_sft_steps 0")
+    thoughts = tokenizer(texts, add_special_tokens=False).input_ids
+    examples = [trace_example(lesson.teacher_prompt, thought + [end_of_turn(tokenizer)])
+                for lesson, thought in zip(lessons, thoughts)]
+    kept = [example for example in examples if len(example.ids) <= config.max_length]
     if not kept:
-        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer, the shortest has "
-                         f"{min(lengths)} tokens")
-    if len(kept) < len(examples):
-        say(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
-            "left out")
-    say(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on average, "
-        f"of which {sum(sum(e.trained) for e in kept) / len(kept):.0f} are trained")
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} worked solutions are longer")
     return kept
 
 
-FORMATS = {  # what `auto` stands for: without a chat template the format of `chain`, else words for an instruct model
-    False: {"teacher_template": "{prompt}{solution}:", "hint_template": "{right}|{wrong}|{prompt}",
-            "solution_template": "#{answer}", "thought_prefix": "", "thought_suffix": ""},
-    True: {"teacher_template": "{prompt}\n\nThe solution is:\n{solution}\n\nExplain step by step, without referring to "
-                               "this solution, the reasoning by which one finds it.",
-           "hint_template": "{prompt}\n\nA right attempt:\n{right}\n\nA wrong attempt:\n{wrong}\n\nWrite one "
-                            "self-contained, careful derivation that avoids the mistake. Do not mention the attempts.",
-           "solution_template": "{solution}", "thought_prefix": "<think>\n", "thought_suffix": "\n</think>\n"},
-}
+def pruned(examples, config):
+    """A random 1 - prune_fraction of the examples, one at the least, in their order."""
+    n_kept = max(1, round(len(examples) * (1 - config.prune_fraction)))
+    kept = np.random.default_rng([config.seed, 3]).permutation(len(examples))[:n_kept]
+    return [examples[i] for i in sorted(kept.tolist())]
 
 
-def fill_formats(config, tokenizer):
-    """Settles the templates that are `auto`."""
-    formats = FORMATS[bool(tokenizer.chat_template)]
-    if config.method == "rlt" and config.teacher_sft_steps and "{answer}" not in formats["solution_template"]:
-        formats = {**formats, "solution_template": "#### {answer}"}  # what the warm-up teaches must not stand in it
-    if tokenizer.chat_template:
-        asked = chat_text(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
-        if asked.rstrip().endswith(formats["thought_prefix"].rstrip()):
-            formats = {**formats, "thought_prefix": ""}  # the template has opened the thinking already
-    for name, text in formats.items():
-        if getattr(config, name) == "auto":
-            setattr(config, name, text)
-
-
-def fill(template, prompt, values):
-    """The template with {prompt} and the names of `values` filled in; of a chat, around its last message.
-
-    >>> fill("{prompt} = {answer}", "{answer}", {"answer": "4"})
-    '{answer} = 4'
-    """
-    def around(text):  # in one pass, so that braces in what is filled in stay as they are
-        known = {"prompt": text, **values}
-        return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), template)
-
-    if isinstance(prompt, str):
-        return around(prompt)
-    return [*prompt[:-1], {**prompt[-1], "content": around(prompt[-1]["content"])}]
-
-
-def explanation(problem, config):
-    """What stands in a worked solution before the mark of its final answer; InputError where there is no solution.
-
-    >>> explanation(Problem("37+5-8=", "34", "37+5=42;42-8=34#34"), None)
-    '37+5=42;42-8=34'
-    >>> explanation(Problem("...", "4", "Box #1 holds 3,\\nso 4."), None)  # a mark stands on the last line
-    'Box #1 holds 3,\\nso 4.'
-    """
-    if not problem.solution:
-        raise InputError(f"--dataset_name {config.dataset_name}: has no worked solutions, which --teacher_sft_steps "
-                         "needs")
-    return re.split(r"\s*#+[^#\n]*\Z", problem.solution.rstrip())[0]
-
-
-class Lesson(NamedTuple):
-    """A problem as token ids, to be spliced into what the student and the teacher read."""
-
-    problem: Problem
-    prompt: list  # what the student reads
-    teacher_prompt: list  # what the teacher reads, the solution included
-    solution: list  # the solution, without an end
-
-
-class Tags(NamedTuple):
-    """The token ids around a thought."""
-
-    before: list  # --thought_prefix
-    after: list  # --thought_suffix
-    end: int  # ends a turn
-
-
-def make_tags(tokenizer, config):
-    """The Tags of a tokenizer: encoded by themselves, so that they never merge with what they stand beside."""
-    before, after = (tokenizer(text, add_special_tokens=False).input_ids
-                     for text in (config.thought_prefix, config.thought_suffix))
-    return Tags(before, after, end_of_turn(tokenizer))
-
-
-def known_solution(problem, config):
-    """The text that teacher and student both know as the problem's solution."""
-    values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
-    return fill(config.solution_template, "", values)
-
-
-def make_lessons(problems, tokenizer, config):
-    """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
-    lessons, tags = [], make_tags(tokenizer, config)
-    for problem in problems:
-        solution = known_solution(problem, config)
-        told = fill(config.teacher_template, problem.prompt, {"solution": solution})
-        lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
-                              tokenizer(solution, add_special_tokens=False).input_ids))
-    room = config.max_length - config.max_completion_length
-    kept = [lesson for lesson in lessons if lesson.solution
-            and max(len(lesson.teacher_prompt), len(lesson.prompt + retelling(lesson, [], tags))) <= room]
-    if len(kept) < len(lessons):
-        say(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
-            "or have an empty solution, and are left out")
-    if not kept:
-        raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
-    return kept
-
-
-def thought_of(rollouts, row):
-    """A sampled explanation's token ids, without the token that ended it."""
-    return rollouts.ids(row)[: -1 if rollouts.finished_R[row] else None]
-
-
-def retelling(lesson, thought, tags):
-    """The ids with which a student thinks this thought and then says the solution: judged by them, trained on them."""
-    return tags.before + thought + tags.after + lesson.solution + [tags.end]
-
-
-class Trace(NamedTuple):
-    """A completion to train on and the two contexts it is read in, as a row of traces.jsonl; sft.py reads the texts."""
-
-    prompt: str | list  # as the data has it
-    completion: str  # without an end
-    prompt_ids: list  # the student's context
-    completion_ids: list  # the end included, unless the completion was cut off
-    teacher_prompt_ids: list  # the teacher's context
-
-
-def trace_example(prompt, completion):
-    """The Example of a context and the completion that is trained on."""
-    return Example(prompt + completion, [False] * len(prompt) + [True] * len(completion))
-
-
-def explained(lesson, thought, tags, tokenizer):
-    """The Trace that teaches a student to think this thought and then say the solution."""
-    ids = retelling(lesson, thought, tags)
-    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-    return Trace(lesson.problem.prompt, text, lesson.prompt, ids, lesson.prompt)
-
-
-def write_traces(run, traces):
-    """Writes traces.jsonl, the whole file or none."""
-    (run / "traces.tmp").write_text("".join(json.dumps(trace._asdict()) + "\n" for trace in traces))
-    os.replace(run / "traces.tmp", run / "traces.jsonl")
-
-
-def read_traces(run):
-    """What write_traces wrote."""
-    return [Trace(**json.loads(line)) for line in (run / "traces.jsonl").read_text().splitlines()]
-
-
-def rows_of_step(n_rows, rows_per_step, step, seed):
-    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
-
-    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
-    """
-    first, indices = step * rows_per_step, []
-    while len(indices) < rows_per_step:
-        epoch, offset = divmod(first + len(indices), n_rows)
-        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
-    return indices
-
-
-def micro_batches(lengths, max_rows, max_tokens, world):
-    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
-
-    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
-    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    parts, start = [], 0
-    while start < len(order):
-        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
-        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
-        start += rows * world.size
-    return parts
-
-
-class Batch(NamedTuple):
-    """The tensors of one forward."""
-
-    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
-    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
-    where_N: torch.Tensor  # the true places of mask_BS, flattened
-    rows: list  # the index of each row in its step
-
-
-def collate(examples, rows, device):
-    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
-    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
-    width = max(len(example.ids) for example in chosen)
-    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
-    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
-    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
-    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
-
-
-# --- model ---
-
-
-class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch, temperature=1.0, entropy=False):
-        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
-
-        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
-        """
-        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
-        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
-        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
-        weight_VD = self.model.get_output_embeddings().weight
-        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
-        B, S = batch.mask_BS.shape
-        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
-                     for x_N in found)
-
-
-class Learner(Policy):
-    """A Policy that can also hand what meets its head to a function, for losses that need more than log-probs."""
-
-    def forward(self, batch, temperature=1.0, entropy=False, judge=None):
-        """judge(hidden_ND, weight_VD, targets_N) of the trained positions; without a judge, what Policy returns."""
-        if judge is None:
-            return super().forward(batch, temperature, entropy)
-        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
-        return judge(hidden_BSD.flatten(0, 1)[batch.where_N], self.model.get_output_embeddings().weight,
-                     batch.ids_BT[:, 1:].flatten()[batch.where_N])
-
-
-def load_named(name_or_path, config, dtype=torch.float32):
-    """The student or teacher of this name, and its tokenizer, as load_model; InputError names the right flag."""
-    try:
-        return load_model(name_or_path, dtype, config.seed, config.chat_template)
-    except InputError as error:
-        if config.teacher_model_name_or_path == name_or_path != config.model_name_or_path:
-            raise InputError(str(error).replace("--model", "--teacher_model", 1)) from error
-        raise
-
-
-def load_other(flag_name, tokenizer, config, world, dtype=None):
-    """Another model than the trained one, frozen, on the device; InputError unless its tokens are the tokenizer's."""
-    name_or_path = getattr(config, flag_name)
-    model, other = load_named(name_or_path, config, dtype or (torch.bfloat16 if config.bf16 else torch.float32))
-    check_vocabulary(tokenizer.get_vocab(), other.get_vocab(), f"--{flag_name} {name_or_path}")
-    return model.eval().requires_grad_(False).to(world.device)
-
-
-def check_vocabulary(vocabulary, other, flag):
-    """Raises InputError unless every token of the one has the same id in the other, which may have more."""
-    differing = [token for token, number in vocabulary.items() if other.get(token) != number]
-    if differing:
-        raise InputError(f"{flag}: another vocabulary: {len(differing)} of {len(vocabulary)} tokens differ, such as "
-                         f"{min(differing)!r}")
-
-
-def head_weight(model):
-    """The whole weight of a frozen model's head; under FSDP every process gathers it, once."""
-    weight = model.get_output_embeddings().weight
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def check_same_weights(frozen, state, flag, config):
-    """InputError where the frozen model is no longer the one that this run began with."""
-    if config.fsdp:  # a process has but a part, which depends on how many they are
-        return
-    digest = hashlib.sha256()
-    for parameter in frozen.parameters():
-        digest.update(parameter.cpu().view(torch.uint8).numpy())
-    if state.setdefault("frozen", digest.hexdigest()) != digest.hexdigest():
-        raise InputError(f"{flag}: not the weights this run began with")
-
-
-def sharded_again(reference):
-    """The reference; under FSDP its last forward has left the root's weights gathered, in the forward's precision."""
-    if isinstance(reference, FSDPModule):
-        reference.reshard()
-    return reference
-
-
-@torch.no_grad()
-def follow(reference, policy, share):
-    """Moves the reference's weights by this share of the way to the policy's."""
-    for target, source in zip(sharded_again(reference).parameters(), unwrap(policy).parameters()):
-        target.mul_(1 - share).add_(source, alpha=share)
-
-
-def reference_tensors(reference):
-    """What a checkpoint must hold of the reference, which has moved: all its weights; none where there is none."""
-    named = sharded_again(reference).named_parameters() if reference is not None else ()
-    return {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in named}
-
-
-@torch.no_grad()
-def restore_reference(reference, tensors):
-    """Gives the reference the weights that reference_tensors had of it."""
-    for name, weight in reference.named_parameters() if reference is not None else ():
-        saved = tensors[name].to(weight.device)
-        if isinstance(weight, DTensor):
-            saved = distribute_tensor(saved, weight.device_mesh, weight.placements)
-        weight.copy_(saved)
-
-
-# --- run ---
-
-
-def show_example(example, tokenizer):
-    """Prints one example; what is trained on stands in green, or in brackets where the output is not a terminal."""
-    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    text, inside = "", False
-    for token, trained in zip(example.ids, example.trained):
-        text += (end if inside and not trained else "") + (begin if trained and not inside else "")
-        text, inside = text + tokenizer.decode([token]), trained
-    say(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}")
-
-
-# --- rollout ---
+# --- rollouts ---
 
 
 def sample(decoder, tokenizer, prompts, n, number, config, world, temperature=None):
@@ -704,7 +467,7 @@ def token_logps(model, examples, config, world, temperature=1.0):
         found = logps_BS.flatten()[batch.where_N].split([counts[row] for row in rows])
         for row, logps_N in zip(rows, found):
             logps_RT[row, : len(logps_N)] = logps_N
-    if dist.is_initialized():
+    if world.size > 1:
         dist.all_reduce(logps_RT)  # each row was one process's, 0 on the others
     return logps_RT.cpu()
 
@@ -891,220 +654,419 @@ def prompt_of(example):
     return example.ids[: begins[-1]]
 
 
-# --- stages ---
+# --- data ---
 
 
-class Reinforce:
-    """Stage `teacher` of rlt: each step samples explanations, has the student judge them, and trains on the verdict."""
+class Example(NamedTuple):
+    """One sequence to train on."""
 
-    def __init__(self, tokenizer, config, world, resume):
-        self.tokenizer, self.config, self.world = tokenizer, config, world
-        self.lessons = make_lessons(load_train_problems(config), tokenizer, config)
-        self.tags = make_tags(tokenizer, config)
-        self.data, self.about, self.traces = self.lessons, {}, None
-        self.frozen_flag = f"--model_name_or_path {config.model_name_or_path}"
-        student = load_other("model_name_or_path", tokenizer, config, world)
-        self.n_ids = student.get_input_embeddings().num_embeddings
-        self.frozen, self.reference = shard(Learner(student), config), None
-        if config.beta:  # the teacher as it begins, in float32, because it will move by small shares
-            start = load_other("teacher_model_name_or_path", tokenizer, config, world, torch.float32)
-            self.reference = shard(Learner(start), config)
-
-    def begin(self, step, decoder):
-        """Rolls out step `step`: (indices of its problems, the numbers to log); sets examples and lengths."""
-        config, G = self.config, self.config.num_generations
-        n_problems = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size // G
-        picked = rows_of_step(len(self.lessons), n_problems, step, config.seed)
-        lessons_P = [self.lessons[i] for i in picked]
-        rollouts = sample(decoder, self.tokenizer, [lesson.teacher_prompt for lesson in lessons_P], G, step, config,
-                          self.world)
-        check_ids(rollouts, self.n_ids, "teacher", "student")
-        clear_R, forced_R = score_explanations(self.frozen, lessons_P, rollouts, self.tags, config, self.world)
-        cut_R = ~rollouts.finished_R
-        rewards_PG = (clear_R - config.rlt_lambda * forced_R - config.format_penalty * cut_R).view(-1, G)
-        if not rewards_PG.isfinite().all():
-            raise RunError("the student gave an explanation a log-probability that is not finite")
-        advantages_R = group_advantages(rewards_PG, "group").flatten()
-        moves_R = (advantages_R != 0) | bool(config.beta)  # without advantage and KL the gradient is zero
-        self.rows, self.n_rows = moves_R.nonzero()[:, 0].tolist(), len(moves_R)
-        self.advantages = advantages_R[self.rows]
-        self.examples = [trace_example(lessons_P[row // G].teacher_prompt, rollouts.ids(row)) for row in self.rows]
-        self.lengths = [len(example.ids) for example in self.examples]
-        self.n_tokens = int(rollouts.lengths_R[self.rows].sum())
-        numbers = {"reward": rewards_PG.mean(), "reward_std": rewards_PG.std(1).mean(),
-                   "frac_reward_zero_std": silent_groups(rewards_PG).float().mean(),
-                   "rewards/understanding/mean": clear_R.mean(), "rewards/implausibility/mean": forced_R.mean(),
-                   "completions/mean_length": rollouts.lengths_R.float().mean(),
-                   "completions/clipped_ratio": cut_R.float().mean()}
-        texts = self.tokenizer.batch_decode([thought_of(rollouts, row) for row in range(2)],
-                                            clean_up_tokenization_spaces=False)
-        self.samples = [{"prompt": lessons_P[0].problem.prompt, "completion": text, "reward": float(reward)}
-                        for text, reward in zip(texts, rewards_PG[0])]
-        return picked, {name: float(value) for name, value in numbers.items()}
-
-    def loss_of(self, policy, batch):
-        """The batch's share of the step's loss, and of the numbers logged."""
-        config = self.config
-        logps_BS, entropy_BS = policy(batch, config.temperature, entropy=True)
-        advantages_B = logps_BS.new_zeros(len(batch.mask_BS))  # a batch without rows has one that trains nothing
-        advantages_B[: len(batch.rows)] = self.advantages[batch.rows].to(logps_BS)
-        numbers, reference_logps_BS = {"entropy": entropy_BS.detach().sum() / self.n_tokens}, None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_logps_BS, _ = self.reference(batch, config.temperature)
-            kl_BS = kl_k3(logps_BS.detach(), reference_logps_BS)
-            numbers["kl"] = (kl_BS * batch.mask_BS).sum() / self.n_tokens
-        loss = teacher_loss(logps_BS, reference_logps_BS, advantages_B, batch.mask_BS, config.beta, self.n_rows)
-        return loss, numbers
+    ids: list  # token ids
+    trained: list  # bool for each id: is it trained on?
 
 
-class Imitate:
-    """Every other stage: examples, made before the first step or by the student in each, with or without a teacher.
+def turn(tokenizer, prompt, text):
+    """Prompt and answer as (prompt ids, answer ids): the answer's own tokens and the token that ends a turn."""
+    if tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = leading_space(tokenizer, prompt, text) + text
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    return encode_prompt(tokenizer, prompt), answer + [end_of_turn(tokenizer)]
 
-    Student and teacher read a completion in contexts that may differ; the trained tokens are the same, in one order.
+
+def leading_space(tokenizer, messages, answer):
+    """The white space that the chat template puts between its generation prompt and the answer (Mistral's does)."""
+    prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+    whole = chat_text(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    before = whole.rpartition(answer)[0] if answer else ""
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    return between if between.isspace() else ""  # not an empty thinking block, which would teach to skip thinking
+
+
+def chat_examples(tokenizer, messages):
+    """Every assistant turn of a conversation, each in the context the chat template would give it when sampling.
+
+    Turns share one example as long as the template only appends; where it rewrites earlier turns (some drop the
+    thinking of all turns but the last), the next turn starts an example of its own.
     """
-
-    def __init__(self, tokenizer, config, world, resume):
-        self.tokenizer, self.config, self.world = tokenizer, config, world
-        self.frozen, self.reference, self.traces, self.samples, self.about = None, None, None, (), {}
-        if config.stage == "warm_up":
-            self.pool = make_warm_up(tokenizer, config)
-        elif config.method == "on_policy" or config.method == "logits" and config.completions == "dataset":
-            self.pool = pruned(make_examples(load_rows(config), tokenizer, config), config)
+    examples = []
+    for i, message in enumerate(messages):
+        if i == 0 or message["role"] != "assistant":  # a greeting that answers nothing is context
+            continue
+        prompt, answer = turn(tokenizer, messages[:i], message["content"])
+        if examples and prompt[: len(examples[-1].ids)] == examples[-1].ids:
+            so_far = examples.pop()
         else:
-            self.traces = read_traces(Path(config.output_dir)) if resume else self.make_traces()
-            self.pool = [trace_example(trace.prompt_ids, trace.completion_ids) for trace in self.traces]
-        self.teacher_pool = self.pool
-        if config.method == "ssb":  # the one teacher that reads more than the student
-            self.teacher_pool = [trace_example(trace.teacher_prompt_ids, trace.completion_ids) for trace in self.traces]
-        self.data = [self.pool, self.teacher_pool]
-        if config.method == "on_policy" and not all(map(prompt_of, self.pool)):
-            raise InputError(f"--dataset_name {config.dataset_name}: rows without a prompt cannot be sampled from")
-        if config.kd_weight:
-            self.frozen_flag = f"--teacher_model_name_or_path {config.teacher_model_name_or_path}"
-            teacher = load_other("teacher_model_name_or_path", tokenizer, config, world)
-            if softcap(teacher) is not None:
-                raise InputError(f"{self.frozen_flag}: caps its logits, which the divergence does not support")
-            self.n_ids = teacher.get_input_embeddings().num_embeddings
-            self.frozen = shard(Learner(teacher), config)
-            self.head_VH = head_weight(teacher)
-
-    def make_traces(self):
-        """The traces of this stage, sampled by the teacher or what takes its place; InputError where none is left."""
-        config, tokenizer = self.config, self.tokenizer
-        sampler = load_other("teacher_model_name_or_path", tokenizer, config, self.world)
-        if config.method == "logits":
-            make, data = teacher_traces, load_rows(config)
-        else:
-            make = em_traces if config.rounds else {"rlt": rlt_traces, "ssb": ssb_traces,
-                                                    "bootstrap": bootstrap_traces}[config.method]
-            data = load_train_problems(config)[: config.n_traces or None]
-        say(f"{config.method}: sampling" + f" for {len(data)} problems" * (config.method != "logits"))
-        traces, self.about = make(sampler, tokenizer, data, config, self.world)
-        ends, end = stop_ids(sampler, tokenizer), end_of_turn(tokenizer)  # the student stops at its own end alone
-        traces = [trace._replace(completion_ids=[*trace.completion_ids[:-1], end])
-                  if trace.completion_ids[-1] in ends else trace for trace in traces]
-        largest = max(tokenizer.get_vocab().values())  # a teacher's padded head can say what is no token
-        kept = [trace for trace in traces if max(trace.completion_ids) <= largest
-                and max(len(trace.prompt_ids), len(trace.teacher_prompt_ids)) + len(trace.completion_ids)
-                <= config.max_length]
-        about = ", ".join(f"{name} {value:.4g}" for name, value in self.about.items())
-        if not kept:
-            raise InputError(f"--method {config.method}: none of {len(traces)} traces is left to train on ({about})")
-        say(f"{len(kept)} of {len(traces)} traces: {about}")
-        self.about["data/traces"] = len(kept)
-        return kept
-
-    def begin(self, step, decoder):
-        """Chooses the rows of step `step`, sampling those that are the student's: (their indices, numbers to log)."""
-        config, numbers = self.config, {}
-        n_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * self.world.size
-        picked = rows_of_step(len(self.pool), n_rows, step, config.seed)
-        self.examples = self.teacher_examples = [self.pool[i] for i in picked]  # one list: what is sampled, both read
-        if self.teacher_pool is not self.pool:
-            self.teacher_examples = [self.teacher_pool[i] for i in picked]
-        if config.method == "on_policy":
-            own = np.flatnonzero(np.random.default_rng([config.seed, step, 1]).random(n_rows) < config.lmbda).tolist()
-            prompts = [prompt_of(self.examples[row]) for row in own]
-            rollouts = sample(decoder, self.tokenizer, prompts, 1, step, config, self.world)
-            for i, row in enumerate(own):
-                self.examples[row] = trace_example(prompts[i], rollouts.ids(i))
-            if own:
-                check_ids(rollouts, self.n_ids, "student", "teacher")
-                numbers = {"completions/mean_length": float(rollouts.lengths_R.float().mean()),
-                           "completions/clipped_ratio": 1 - float(rollouts.finished_R.float().mean())}
-        self.lengths = [max(len(mine.ids), len(theirs.ids))
-                        for mine, theirs in zip(self.examples, self.teacher_examples)]
-        self.n_tokens = sum(sum(example.trained[1:]) for example in self.examples)
-        return picked, numbers
-
-    def loss_of(self, policy, batch):
-        """The batch's share of the step's loss, and of the numbers logged."""
-        config = self.config
-        if self.frozen is None:
-            logps_BS, _ = policy(batch)
-            return -logps_BS.sum() / self.n_tokens, {}  # 0 at untrained places
-        theirs = batch
-        if self.teacher_examples is not self.examples:
-            theirs = collate(self.teacher_examples, batch.rows, self.world.device)
-        with torch.no_grad():
-            teacher_hidden_NH = self.frozen(theirs, judge=lambda hidden_NH, weight_VH, targets_N: hidden_NH)
-
-        def judge(hidden_ND, weight_VD, targets_N):
-            kl_N = divergence(hidden_ND, weight_VD, teacher_hidden_NH, self.head_VH, config)
-            if config.kd_weight == 1:
-                return kl_N, kl_N.new_zeros(len(kl_N))
-            return kl_N, -linear_logps(hidden_ND, weight_VD, targets_N, entropy=False)[0]
-
-        kl_N, nll_N = policy(batch, judge=judge)
-        # the gradient of a divergence at a high temperature tau is about tau^2 smaller than at 1
-        loss_N = config.kd_weight * config.kd_temperature**2 * kl_N + (1 - config.kd_weight) * nll_N
-        numbers = {"divergence": kl_N.detach().sum() / self.n_tokens}
-        if config.kd_weight < 1:
-            numbers["nll"] = nll_N.detach().sum() / self.n_tokens
-        return loss_N.sum() / self.n_tokens, numbers
+            so_far = Example([], [])
+        between = prompt[len(so_far.ids) :]
+        examples.append(Example(so_far.ids + between + answer,
+                                so_far.trained + [False] * len(between) + [True] * len(answer)))
+    return examples
 
 
-def make_warm_up(tokenizer, config):
-    """What teaches a teacher its format: the problems' own solutions, question and final answer given.
+def checked(row, name, kinds, where):
+    """row[name], which must be of these kinds (str: a text, list: messages with a role and a content); InputError."""
+    value = row[name]
+    texts = [message.get(key) if isinstance(message, dict) else None for message in value
+             for key in ("role", "content")] if isinstance(value, list) else [value]
+    if not isinstance(value, kinds) or not texts or not all(isinstance(text, str) for text in texts):
+        wanted = {str: "text", list: "messages with a role and a content"}
+        raise InputError(f"{where}: {name} must be {' or '.join(wanted[kind] for kind in kinds)}")
+    return value
 
-    Raises InputError where every solution stands in what the teacher reads: it would only learn to copy.
-    """
-    lessons = make_lessons(load_train_problems(config, config.error_rate), tokenizer, config)
-    texts = [explanation(lesson.problem, config) for lesson in lessons]
-    if all(text in known_solution(lesson.problem, config) for text, lesson in zip(texts, lessons)):
-        raise InputError(f"--solution_template {config.solution_template}: the teacher reads the very text that the "
-                         "warm-up would teach it to write; take '#### {answer}', or --teacher_sft_steps 0")
-    thoughts = tokenizer(texts, add_special_tokens=False).input_ids
-    examples = [trace_example(lesson.teacher_prompt, thought + [end_of_turn(tokenizer)])
-                for lesson, thought in zip(lessons, thoughts)]
-    kept = [example for example in examples if len(example.ids) <= config.max_length]
+
+def row_examples(tokenizer, row, where):
+    """The examples of one row in any of TRL's formats (messages; prompt and completion; text) or one Problem."""
+    if "messages" in row:
+        examples = chat_examples(tokenizer, checked(row, "messages", (list,), where))
+    elif "text" in row:
+        ids = tokenizer(checked(row, "text", (str,), where)).input_ids
+        ids = ids + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+        examples = [Example(ids, [True] * len(ids))]
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = (checked(row, name, (str, list), where) for name in ("prompt", "completion"))
+        if isinstance(completion, list) and isinstance(prompt, str):
+            raise InputError(f"{where}: prompt and completion must both be text or both be messages")
+        if isinstance(completion, list):  # chat: the last message is what is trained
+            prompt, completion = prompt + completion[:-1], completion[-1]["content"]
+        prompt, answer = turn(tokenizer, prompt, completion)
+        examples = [Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
+    else:
+        raise InputError(f"{where}: has columns {sorted(row)}; wanted: messages, or prompt and completion, or text")
+    if not any(any(example.trained[1:]) for example in examples):
+        raise InputError(f"{where}: no token to train on (no assistant turn, or an empty solution)")
+    return examples
+
+
+def load_train_problems(config, error_rate=0.0):
+    """The problems of --dataset_name to train on; error_rate spoils that share of the steps in `chain`'s solutions."""
+    return load_problems(config.dataset_name, config.dataset_train_split, config.n_train or None, config.seed,
+                         levels=config.levels, domains=config.domains, error_rate=error_rate,
+                         prompt_column=config.prompt_column, answer_column=config.answer_column,
+                         prompt_template=config.prompt_template)
+
+
+def load_rows(config):
+    """The training data as a list of rows in TRL's formats, and where each stands, for error messages."""
+    name, split = config.dataset_name, config.dataset_train_split
+    if Path(name).exists() or "/" in name:  # a file or folder, or owner/name on the hub
+        rows = read_rows(name, split)
+        if any(key in rows[0] for key in ("messages", "completion", "text")):
+            rows = rows[: config.n_train or None]
+            return [{**row, "prompt": fill_template(config.prompt_template, row["prompt"])} if row.get("prompt")
+                    else row for row in rows]
+    problems = load_train_problems(config, error_rate=config.error_rate)
+    return [{"prompt": problem.prompt, "completion": problem.solution or problem.answer, "answer": problem.answer}
+            for problem in problems]
+
+
+def load_stage_data(config):
+    """What a stage is made of, as the user gave it: rows for `logits` and `on_policy`, problems for all others."""
+    if config.method in ("logits", "on_policy"):
+        return load_rows(config)
+    return load_train_problems(config, config.error_rate if config.stage == "warm_up" else 0.0)
+
+
+def make_examples(rows, tokenizer, config):
+    """Every row's examples, those over --max_length left out (and said). Raises InputError where none is left."""
+    examples = [e for i, row in enumerate(rows)
+                for e in row_examples(tokenizer, row, f"--dataset_name {config.dataset_name}: row {i + 1}")]
+    kept = [e for e in examples if len(e.ids) <= config.max_length]
+    lengths = [len(e.ids) for e in kept or examples]
     if not kept:
-        raise InputError(f"--max_length {config.max_length}: all {len(examples)} worked solutions are longer")
+        raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer, the shortest has "
+                         f"{min(lengths)} tokens")
+    if len(kept) < len(examples):
+        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer, "
+              "and left out", flush=True)
+    n_trained = sum(sum(example.trained) for example in kept)
+    print(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on "
+          f"average, of which {n_trained / len(kept):.0f} are trained", flush=True)
     return kept
 
 
-def pruned(examples, config):
-    """A random 1 - prune_fraction of the examples, one at the least, in their order."""
-    n_kept = max(1, round(len(examples) * (1 - config.prune_fraction)))
-    kept = np.random.default_rng([config.seed, 3]).permutation(len(examples))[:n_kept]
-    return [examples[i] for i in sorted(kept.tolist())]
+FORMATS = {  # what `auto` stands for: without a chat template the format of `chain`, else words for an instruct model
+    False: {"teacher_template": "{prompt}{solution}:", "hint_template": "{right}|{wrong}|{prompt}",
+            "solution_template": "#{answer}", "thought_prefix": "", "thought_suffix": ""},
+    True: {"teacher_template": "{prompt}\n\nThe solution is:\n{solution}\n\nExplain step by step, without referring to "
+                               "this solution, the reasoning by which one finds it.",
+           "hint_template": "{prompt}\n\nA right attempt:\n{right}\n\nA wrong attempt:\n{wrong}\n\nWrite one "
+                            "self-contained, careful derivation that avoids the mistake. Do not mention the attempts.",
+           "solution_template": "{solution}", "thought_prefix": "<think>\n", "thought_suffix": "\n</think>\n"},
+}
+
+
+def fill_formats(config, tokenizer):
+    """Settles the templates that are `auto`."""
+    formats = FORMATS[bool(tokenizer.chat_template)]
+    if config.method == "rlt" and config.teacher_sft_steps and "{answer}" not in formats["solution_template"]:
+        formats = {**formats, "solution_template": "#### {answer}"}  # what the warm-up teaches must not stand in it
+    if tokenizer.chat_template:
+        asked = chat_text(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+        if asked.rstrip().endswith(formats["thought_prefix"].rstrip()):
+            formats = {**formats, "thought_prefix": ""}  # the template has opened the thinking already
+    for name, text in formats.items():
+        if getattr(config, name) == "auto":
+            setattr(config, name, text)
+
+
+def fill(template, prompt, values):
+    """The template with {prompt} and the names of `values` filled in; of a chat, around its last message.
+
+    >>> fill("{prompt} = {answer}", "{answer}", {"answer": "4"})
+    '{answer} = 4'
+    """
+    def around(text):  # in one pass, so that braces in what is filled in stay as they are
+        known = {"prompt": text, **values}
+        return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), template)
+
+    if isinstance(prompt, str):
+        return around(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": around(prompt[-1]["content"])}]
+
+
+def explanation(problem, config):
+    """What stands in a worked solution before the mark of its final answer; InputError where there is no solution.
+
+    >>> explanation(Problem("37+5-8=", "34", "37+5=42;42-8=34#34"), None)
+    '37+5=42;42-8=34'
+    >>> explanation(Problem("...", "4", "Box #1 holds 3,\\nso 4."), None)  # a mark stands on the last line
+    'Box #1 holds 3,\\nso 4.'
+    """
+    if not problem.solution:
+        raise InputError(f"--dataset_name {config.dataset_name}: has no worked solutions, which --teacher_sft_steps "
+                         "needs")
+    return re.split(r"\s*#+[^#\n]*\Z", problem.solution.rstrip())[0]
+
+
+class Lesson(NamedTuple):
+    """A problem as token ids, to be spliced into what the student and the teacher read."""
+
+    problem: Problem
+    prompt: list  # what the student reads
+    teacher_prompt: list  # what the teacher reads, the solution included
+    solution: list  # the solution, without an end
+
+
+class Tags(NamedTuple):
+    """The token ids around a thought."""
+
+    before: list  # --thought_prefix
+    after: list  # --thought_suffix
+    end: int  # ends a turn
+
+
+def make_tags(tokenizer, config):
+    """The Tags of a tokenizer: encoded by themselves, so that they never merge with what they stand beside."""
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids
+                     for text in (config.thought_prefix, config.thought_suffix))
+    return Tags(before, after, end_of_turn(tokenizer))
+
+
+def known_solution(problem, config):
+    """The text that teacher and student both know as the problem's solution."""
+    values = {"answer": problem.answer, "solution": problem.solution or f"#### {problem.answer}"}
+    return fill(config.solution_template, "", values)
+
+
+def make_lessons(problems, tokenizer, config):
+    """The Lesson of every problem, those too long for --max_length left out (and said); InputError if none is left."""
+    lessons, tags = [], make_tags(tokenizer, config)
+    for problem in problems:
+        solution = known_solution(problem, config)
+        told = fill(config.teacher_template, problem.prompt, {"solution": solution})
+        lessons.append(Lesson(problem, encode_prompt(tokenizer, problem.prompt), encode_prompt(tokenizer, told),
+                              tokenizer(solution, add_special_tokens=False).input_ids))
+    room = config.max_length - config.max_completion_length
+    kept = [lesson for lesson in lessons if lesson.solution
+            and max(len(lesson.teacher_prompt), len(lesson.prompt + retelling(lesson, [], tags))) <= room]
+    if len(kept) < len(lessons):
+        print(f"--max_length {config.max_length}: {len(lessons) - len(kept)} of {len(lessons)} problems are too long, "
+              "or have an empty solution, and are left out", flush=True)
+    if not kept:
+        raise InputError(f"--max_length {config.max_length}: leaves no problem, --max_completion_length taken off")
+    return kept
+
+
+def thought_of(rollouts, row):
+    """A sampled explanation's token ids, without the token that ended it."""
+    return rollouts.ids(row)[: -1 if rollouts.finished_R[row] else None]
+
+
+def retelling(lesson, thought, tags):
+    """The ids with which a student thinks this thought and then says the solution: judged by them, trained on them."""
+    return tags.before + thought + tags.after + lesson.solution + [tags.end]
+
+
+class Trace(NamedTuple):
+    """A completion to train on and the two contexts it is read in, as a row of traces.jsonl; sft.py reads the texts."""
+
+    prompt: str | list  # as the data has it
+    completion: str  # without an end
+    prompt_ids: list  # the student's context
+    completion_ids: list  # the end included, unless the completion was cut off
+    teacher_prompt_ids: list  # the teacher's context
+
+
+def trace_example(prompt, completion):
+    """The Example of a context and the completion that is trained on."""
+    return Example(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+
+
+def explained(lesson, thought, tags, tokenizer):
+    """The Trace that teaches a student to think this thought and then say the solution."""
+    ids = retelling(lesson, thought, tags)
+    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    return Trace(lesson.problem.prompt, text, lesson.prompt, ids, lesson.prompt)
+
+
+def write_traces(run, traces):
+    """Writes traces.jsonl, the whole file or none."""
+    (run / "traces.tmp").write_text("".join(json.dumps(trace._asdict()) + "\n" for trace in traces))
+    os.replace(run / "traces.tmp", run / "traces.jsonl")
+
+
+def read_traces(run):
+    """What write_traces wrote."""
+    return [Trace(**json.loads(line)) for line in (run / "traces.jsonl").read_text().splitlines()]
+
+
+def rows_of_step(n_rows, rows_per_step, step, seed):
+    """Indices of the rows of optimizer step `step`: a function of (seed, step) alone, so a resumed run needs no state.
+
+    The data is shuffled anew for each pass and read in order; a step may end one pass and begin the next.
+    """
+    first, indices = step * rows_per_step, []
+    while len(indices) < rows_per_step:
+        epoch, offset = divmod(first + len(indices), n_rows)
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        indices += order[offset : offset + rows_per_step - len(indices)].tolist()
+    return indices
+
+
+def micro_batches(lengths, max_rows, max_tokens, world):
+    """Splits a step's rows into forwards for this process: list of lists of indices into `lengths`.
+
+    Rows of like length stand together, longest first, at most max_rows rows and max_tokens padded tokens a forward
+    (one row at the least). Every process gets the same number of forwards; where rows run out, an empty one.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, min(max_rows, max_tokens // lengths[order[start]] if max_tokens else max_rows))
+        parts.append(order[start : start + rows * world.size][world.rank :: world.size])
+        start += rows * world.size
+    return parts
+
+
+class Batch(NamedTuple):
+    """The tensors of one forward."""
+
+    ids_BT: torch.Tensor  # token ids, right-padded with 0: nothing before a pad can see it, so no mask is needed
+    mask_BS: torch.Tensor  # bool: is the token at position s + 1 trained?
+    where_N: torch.Tensor  # the true places of mask_BS, flattened
+    rows: list  # the index of each row in its step
+
+
+def collate(examples, rows, device):
+    """One forward's tensors from its rows (indices into `examples`); no row at all gives one that trains nothing."""
+    chosen = [examples[i] for i in rows] or [Example([0, 0], [False, False])]
+    width = max(len(example.ids) for example in chosen)
+    ids_BT = torch.tensor([list(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
+    mask_BS = torch.tensor([list(e.trained[1:]) + [False] * (width - len(e.ids)) for e in chosen], dtype=torch.bool)
+    where_N = mask_BS.flatten().nonzero()[:, 0]  # found on the CPU: on the GPU it would wait for all that is queued
+    return Batch(ids_BT.to(device), mask_BS.to(device), where_N.to(device), rows)
+
+
+# --- model ---
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, temperature=1.0, entropy=False):
+        """Log-probs of the trained tokens, and entropies in nats where asked for: (logps_BS, entropy_BS or None).
+
+        float32, 0 at untrained places, which never meet the output head. temperature divides the logits.
+        """
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        hidden_ND = hidden_BSD.flatten(0, 1)[batch.where_N]
+        targets_N = batch.ids_BT[:, 1:].flatten()[batch.where_N]
+        weight_VD = self.model.get_output_embeddings().weight
+        found = linear_logps(hidden_ND, weight_VD, targets_N, temperature, entropy=entropy, softcap=softcap(self.model))
+        B, S = batch.mask_BS.shape
+        return tuple(x_N if x_N is None else x_N.new_zeros(B * S).index_copy(0, batch.where_N, x_N).view(B, S)
+                     for x_N in found)
+
+
+class Learner(Policy):
+    """A Policy that can also hand what meets its head to a function, for losses that need more than log-probs."""
+
+    def forward(self, batch, temperature=1.0, entropy=False, judge=None):
+        """judge(hidden_ND, weight_VD, targets_N) of the trained positions; without a judge, what Policy returns."""
+        if judge is None:
+            return super().forward(batch, temperature, entropy)
+        hidden_BSD = self.model.base_model(input_ids=batch.ids_BT[:, :-1], use_cache=False).last_hidden_state
+        return judge(hidden_BSD.flatten(0, 1)[batch.where_N], self.model.get_output_embeddings().weight,
+                     batch.ids_BT[:, 1:].flatten()[batch.where_N])
+
+
+def load_named(name_or_path, config, dtype=torch.float32):
+    """The student or teacher of this name, and its tokenizer, as load_model; InputError names the right flag."""
+    try:
+        return load_model(name_or_path, dtype, config.seed, config.chat_template)
+    except InputError as error:
+        if config.teacher_model_name_or_path == name_or_path != config.model_name_or_path:
+            raise InputError(str(error).replace("--model", "--teacher_model", 1)) from error
+        raise
+
+
+def load_other(flag_name, tokenizer, config, world, dtype=None):
+    """Another model than the trained one, frozen, on the device; InputError unless its tokens are the tokenizer's."""
+    name_or_path = getattr(config, flag_name)
+    model, other = load_named(name_or_path, config, dtype or (torch.bfloat16 if config.bf16 else torch.float32))
+    check_vocabulary(tokenizer.get_vocab(), other.get_vocab(), f"--{flag_name} {name_or_path}")
+    return model.eval().requires_grad_(False).to(world.device)
+
+
+def check_vocabulary(vocabulary, other, flag):
+    """Raises InputError unless every token of the one has the same id in the other, which may have more."""
+    differing = [token for token, number in vocabulary.items() if other.get(token) != number]
+    if differing:
+        raise InputError(f"{flag}: another vocabulary: {len(differing)} of {len(vocabulary)} tokens differ, such as "
+                         f"{min(differing)!r}")
+
+
+def weights_sha256(model):
+    """A hash of a frozen model's weights, by which a continued run knows it again; before it is sharded."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def follow(reference, policy, share):
+    """Moves the reference's weights by this share of the way to the policy's."""
+    sources = parameters_of(policy)
+    for name, target in parameters_of(reference).items():
+        target.mul_(1 - share).add_(sources[name], alpha=share)
+
+
+def reference_tensors(reference):
+    """What a checkpoint must hold of the reference, which has moved: its weights, sharing their memory; {} without."""
+    named = parameters_of(reference) if reference is not None else {}
+    return {f"reference.{name}": weight.detach() for name, weight in named.items()}
 
 
 # --- main ---
 
 
 def check_config(config):
-    """Raises InputError for flags of this script that cannot be meant; fills in what depends on --method."""
-    choices = {"method": ("rlt", "ssb", "logits", "on_policy", "bootstrap"),
-               "stage": ("all", "warm_up", "teacher", "student"), "completions": ("dataset", "teacher"),
-               "divergence": ("auto", "forward", "reverse", "jsd")}
-    lowest = {"kd_temperature": 0, "trace_temperature": 0, "kd_topk": 0, "teacher_sft_steps": 0, "teacher_steps": 1,
-              "teacher_learning_rate": 0, "teacher_batch_size": 1, "rlt_alpha": 0, "rlt_lambda": 0, "format_penalty": 0,
-              "beta": 0, "ref_model_sync_steps": 1, "n_traces": 0, "num_generations": 1, "min_thought_tokens": 0,
-              "max_thought_tokens": 0, "n_shots": 0, "rounds": 0, "generation_batch_size": 1, "max_length": 2}
-    check_values(config, choices, lowest, ("kd_weight", "lmbda", "prune_fraction", "ref_model_mixup_alpha",
-                                           "error_rate"))
+    """Raises InputError for flags of this script that cannot be meant together; fills in what depends on --method."""
     if not 0 < config.jsd_beta < 1:
         raise InputError(f"--jsd_beta {config.jsd_beta}: must be above 0 and below 1 (--divergence forward or reverse "
                          "is no end of it)")
@@ -1148,7 +1110,8 @@ def plan(config):
     teacher, runs = config.teacher_model_name_or_path or config.model_name_or_path, []
     for name in names:
         folder = str(Path(config.output_dir) / name) if len(names) > 1 else config.output_dir
-        stage = {"stage": name, "output_dir": folder, "teacher_model_name_or_path": teacher}
+        stage = {"stage": name if config.method == "rlt" else "student", "output_dir": folder,
+                 "teacher_model_name_or_path": teacher}
         if config.method in ("rlt", "bootstrap"):
             stage["kd_weight"] = 0.0
         if name == "warm_up":
@@ -1157,26 +1120,21 @@ def plan(config):
             stage |= {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate, "eval_steps": 0,
                       "lr_scheduler_type": "constant", "warmup_steps": 0,
                       "per_device_train_batch_size": config.teacher_batch_size}
-        resumed = Path(config.resume_from_checkpoint).resolve().parents
-        if len(names) > 1 and config.resume_from_checkpoint != "auto" and Path(folder).resolve() not in resumed:
-            stage["resume_from_checkpoint"] = "auto"
         runs.append(replace(config, **stage))
         teacher = os.path.relpath(folder)  # the same however --output_dir is spelled
-    if config.resume_from_checkpoint not in ("auto", *(run.resume_from_checkpoint for run in runs)):
-        raise InputError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: is in the folder of no stage")
     return runs
 
 
 def check_plan(runs, config):
     """Raises InputError, before the first stage, for what a later one would fail at, or what it would delete."""
     root, student, teacher = Path(config.output_dir), config.model_name_or_path, config.teacher_model_name_or_path
-    if config.overwrite and config.resume_from_checkpoint != "auto":  # the stages before it would be deleted first
-        raise InputError(f"--resume_from_checkpoint {config.resume_from_checkpoint}: --overwrite deletes it")
     for run in runs:
-        for name in ("model_name_or_path", "teacher_model_name_or_path"):
-            given = Path(getattr(config, name)).resolve()
-            if getattr(config, name) and Path(run.output_dir).resolve() in (given, *given.parents):
-                raise InputError(f"--output_dir {run.output_dir}: --{name} {getattr(config, name)} is in it")
+        for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name",
+                     "demonstrations"):
+            value = getattr(config, name)
+            given = Path(value).resolve()
+            if value and given.exists() and Path(run.output_dir).resolve() in (given, *given.parents):
+                raise InputError(f"--output_dir {run.output_dir}: --{name} {value} is in it")
     if len(runs) > 1 and (root / "args.json").is_file():
         raise InputError(f"--output_dir {root}: holds a run of one stage, this command makes {len(runs)}; take another")
     if len(runs) == 1 and not (root / "args.json").is_file() and list(root.glob("*/args.json")):
@@ -1196,86 +1154,104 @@ def check_plan(runs, config):
                          f"{student} has; --chat_template off takes both as plain text")
 
 
+def show_example(example, tokenizer):
+    """Prints one example; what is trained on stands in green, or in brackets where the output is not a terminal."""
+    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    text, inside = "", False
+    for token, trained in zip(example.ids, example.trained):
+        text += (end if inside and not trained else "") + (begin if trained and not inside else "")
+        text, inside = text + tokenizer.decode([token]), trained
+    print(f"the first example, with the trained tokens marked:\n{text}{end if inside else ''}", flush=True)
+
+
 SHOWN = ("reward", "rewards/understanding/mean", "rewards/implausibility/mean", "loss", "divergence", "eval/accuracy",
          "completions/mean_length", "kl", "grad_norm")  # what a line on the screen names, where there is such a number
 
 
 def train(config, world, stop):
     """One run, from its flags to its finished folder; nothing where that is finished already."""
-    args, reinforced = run_args(config, world), config.stage == "teacher"
-    start = config.teacher_model_name_or_path if config.stage in ("warm_up", "teacher") else config.model_name_or_path
-    teacher = Path(config.teacher_model_name_or_path).resolve()
-    if Path(config.output_dir).resolve() in (teacher, *teacher.parents):
-        raise InputError(f"--output_dir {config.output_dir}: --teacher_model_name_or_path "
-                         f"{config.teacher_model_name_or_path} is in it")
-    resume, finished = on_rank_0(lambda: open_run(config, args), world)
-    if finished:
+    # what was asked for, and the checkpoint to go on from
+    data, eval_problems = load_stage_data(config), load_eval_problems(config)
+    args, resume = on_rank_0(lambda: open_run(config, data, world), world)
+    if args["finished"]:
         return
-    eval_problems = load_eval_problems(config)
-    model, tokenizer = load_named(str(resume) if resume and not config.fsdp else start, config)
+    reinforced = config.stage == "teacher"
+    given = config.teacher_model_name_or_path if config.stage in ("warm_up", "teacher") else config.model_name_or_path
+    model, tokenizer = load_named(str(resume) if resume else given, config)
     if config.kd_weight and softcap(model) is not None:
-        raise InputError(f"--model_name_or_path {start}: caps its logits, which the divergence does not support")
+        raise InputError(f"--model_name_or_path {given}: caps its logits, which the divergence does not support")
     fill_formats(config, tokenizer)
-    fill_learning_rate(config, model, *((5e-5, 1e-6) if reinforced else (1e-3, 1e-5)))
-    course = (Reinforce if reinforced else Imitate)(tokenizer, config, world, resume)
-    run = begin_run(config, world, resume, args, model, course.data)
+    small, large = (5e-5, 1e-6) if reinforced else (1e-3, 1e-5)
+    usual = small if model.num_parameters() < 10_000_000 else large
+    config.learning_rate = config.learning_rate or usual
+
+    # what the stage trains on, and the frozen model that judges it, which must be the one that the run began with
+    course = (Reinforce if reinforced else Imitate)(data, tokenizer, config, world, resume)
+    if resume and json.loads((resume / "state.json").read_text())["frozen"] != course.frozen_sha256:
+        raise InputError(f"{course.frozen_flag}: not the weights this run began with")
+    run, log = Path(config.output_dir), Log(args, resume, model, config, world)
     if course.traces and not resume and world.rank == 0:
         write_traces(run, course.traces)
 
+    # the policy that learns, and a copy of it that samples
     sampling = reinforced or config.method == "on_policy"
     decoder = make_decoder(model, config, world) if sampling or eval_problems else None
-    policy = distribute(Learner(model), config, world)
+    policy = shard(Learner(model.train()), config, world)
     optimizer = make_optimizer(policy, config)
-    state = {"step": 0, "bad_steps": 0, "num_tokens": 0, "about": course.about}
+    state = {"step": 0, "bad_steps": 0, "num_tokens": 0, "about": course.about, "frozen": course.frozen_sha256}
     if resume:
-        state, tensors = load_checkpoint(resume, policy, optimizer, config)
-        restore_reference(course.reference, tensors)
-    if course.frozen is not None:
-        check_same_weights(course.frozen, state, course.frozen_flag, config)
-    log = Log(run, config, world)
+        state = load_checkpoint(resume, moments(policy, optimizer) | reference_tensors(course.reference), world)
     if not reinforced:
         show_example(course.pool[0], tokenizer)
     if eval_problems and config.eval_on_start and state["step"] == 0:
-        log.step(0, evaluate_policy(run, 0, decoder, policy, tokenizer, eval_problems, config, world), SHOWN)
+        refresh(decoder, policy)
+        log.step(0, eval_numbers(decoder, tokenizer, eval_problems, 0, log, config), SHOWN)
 
     while state["step"] < config.max_steps:
+        # the rows of this step; a policy that writes them itself samples with its weights of now
         began, step = time.perf_counter(), state["step"]
         if sampling:  # elsewhere it would gather every weight for nothing
             refresh(decoder, policy)
         picked, about = course.begin(step, decoder)
-        for line in course.samples if world.rank == 0 else ():
-            append_line(run / "samples.jsonl", {"step": step + 1, **line})
-        torch.manual_seed(hash((config.seed, step, world.rank)))  # dropout, where a model has it
+        for line in course.samples:
+            log.add("samples", {"step": step + 1, **line})
+
+        # forwards of rows of like length, and one optimizer step
         parts = micro_batches(course.lengths, config.per_device_train_batch_size, config.micro_batch_tokens, world)
-        numbers, taken = train_step(policy, optimizer, [collate(course.examples, part, world.device) for part in parts],
-                                    course.loss_of, step, config, world)
-        if course.reference is not None and (step + 1) % config.ref_model_sync_steps == 0:
-            follow(course.reference, policy, config.ref_model_mixup_alpha)
-        note_step(run, state, taken, picked, config, world)
+        batches = [collate(course.examples, part, world.device) for part in parts]
+        numbers, taken = train_step(policy, optimizer, batches, course.loss_of, step, config, world)
+        log.count(state, taken, picked)
         state["num_tokens"] += course.n_tokens
         numbers = {**about, **numbers, **state["about"], "num_tokens": state["num_tokens"]}
+
+        # the reference of rlt's teacher follows it at a distance
+        if course.reference is not None and state["step"] % config.ref_model_sync_steps == 0:
+            follow(course.reference, policy, config.ref_model_mixup_alpha)
+
+        # evaluate, log, save
         last, seconds = state["step"] == config.max_steps, time.perf_counter() - began
         if eval_problems and (last or state["step"] % config.eval_steps == 0):
-            numbers |= evaluate_policy(run, state["step"], decoder, policy, tokenizer, eval_problems, config, world)
+            refresh(decoder, policy)
+            numbers |= eval_numbers(decoder, tokenizer, eval_problems, state["step"], log, config)
         log.step(state["step"], numbers, SHOWN, sum(course.lengths), seconds)
-        stopping = stop.agreed(world)
+        [stopping] = total([len(stop)], world)
         if last or stopping or (config.save_steps and state["step"] % config.save_steps == 0):
-            save_checkpoint(run, state, policy, tokenizer, optimizer, config, world,
-                            reference_tensors(course.reference))
+            tensors = moments(policy, optimizer) | reference_tensors(course.reference)
+            save_checkpoint(run, state, policy, tokenizer, tensors, world)
         if stopping and not last:
-            leave(run, state, stopping)
-    end_run(run, policy, tokenizer, world)
+            leave(run, state, stop)
+    finish_run(run, policy, tokenizer, world)
 
 
 def main(config):
-    check_frame(config)
     check_config(config)
     runs = plan(config)
     check_plan(runs, config)
-    world, stop = start_world(config), StopSignal()
+    world, stop = start(config), stop_signals()
     for run in runs:
-        if number := stop.agreed(world):  # came while the stage before was ending
-            sys.exit(128 + number)
+        [stopping] = total([len(stop)], world)
+        if stopping:  # the signal came while the stage before was ending
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
         train(run, world, stop)
         gc.collect()  # FSDP's modules refer to themselves, and their weights would stay beside the next stage's
         if torch.cuda.is_available():

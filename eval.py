@@ -650,6 +650,8 @@ def load_model(name_or_path, dtype=torch.float32, seed=0, chat_template="auto"):
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{flag}: cannot be loaded ({first_line(error)})") from error
+    for weight in model.parameters():  # in memory of its own: how a file's is aligned decides how products are rounded
+        weight.data = weight.data.clone()
     check_head(model, flag)
     model.generation_config.eos_token_id = stop_ids(model, tokenizer)
     return model, tokenizer

@@ -1235,7 +1235,7 @@ def batches_of(rows, config, world):
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
 
     def __init__(self, model):
         super().__init__()

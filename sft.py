@@ -427,10 +427,11 @@ def make_examples(rows, tokenizer, config):
         raise InputError(f"--max_length {config.max_length}: all {len(examples)} examples are longer, the shortest has "
                          f"{min(lengths)} tokens")
     if len(kept) < len(examples):
-        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer and "
-            "left out")
-    print(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on average, "
-        f"of which {sum(sum(e.trained) for e in kept) / len(kept):.0f} are trained")
+        print(f"--max_length {config.max_length}: {len(examples) - len(kept)} of {len(examples)} examples are longer, "
+              "and left out", flush=True)
+    n_trained = sum(sum(example.trained) for example in kept)
+    print(f"{len(kept)} examples of {min(lengths)} to {max(lengths)} tokens, {sum(lengths) / len(kept):.0f} on "
+          f"average, of which {n_trained / len(kept):.0f} are trained", flush=True)
     return kept
 
 
@@ -485,7 +486,7 @@ def collate(examples, rows, device):
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs, so that DDP and FSDP see every parameter it uses."""
+    """A causal language model whose forward ends in log-probs, so that FSDP sees every parameter it uses."""
 
     def __init__(self, model):
         super().__init__()

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ import eval as ground
 import grpo
 import moe
 import sft
+from rounding import EPSILON
 
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "distill": distill, "dpo": dpo, "moe": moe}
@@ -261,8 +263,9 @@ def child(name, flags, faults, environment, log):
             os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would outlive a kill
-    script, rank = SCRIPTS[name], int(os.environ["RANK"])
+    script, rank = SCRIPTS[name], int(os.environ.get("RANK", 0))
     ground.TINY.update(SMALLER)
+    torch.optim.AdamW = partial(torch.optim.AdamW, eps=EPSILON)  # or two runs could not be compared: see rounding.py
     ground.plot_runs = lambda runs, path: path.write_bytes(b"")  # drawing takes longer than all else
     for fault, argument in faults.items():
         fault, _, only = fault.partition("@")  # "crash_at@1": on rank 1 alone
