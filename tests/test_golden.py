@@ -149,7 +149,7 @@ CASES = {
     "grpo stages": ("grpo", dict(stages=["6x8", "12x4"], loss_type="dr_grpo", max_steps=4, seed=2)),
     # --- grpo.py: curricula ---
     "grpo uniform": ("grpo", dict(max_steps=4)),
-    "grpo horizon": ("grpo", dict(sampler="horizon", horizon_gate=0.2, horizon_review=0.5, max_steps=6, seed=6)),
+    "grpo horizon": ("grpo", dict(sampler="horizon", horizon_gate=0.2, horizon_review=0.5, max_steps=5, seed=5)),
     "grpo horizon by steps": ("grpo", dict(sampler="horizon", horizon_gate=0.0, levels="1,2", max_steps=4,
                                            seed=4)),
     "grpo sec": ("grpo", dict(sampler="sec", max_steps=4)),
