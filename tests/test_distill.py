@@ -27,7 +27,7 @@ KINDS = ["forward", "reverse", "jsd"]
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
-    monkeypatch.setattr(distill, "plot_runs", lambda runs, path: path.write_bytes(b""))
+    monkeypatch.setattr("eval.plot_runs", lambda runs, path: path.write_bytes(b""))
 
 
 def config(**flags):

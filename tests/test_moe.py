@@ -670,7 +670,7 @@ TINY_RUN = {**SMALL, "domains": "chain,synthetic:2", "max_length": 32, "n_train"
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(moe, "plot_runs", lambda runs, path: path.write_bytes(b""))
+    monkeypatch.setattr("eval.plot_runs", lambda runs, path: path.write_bytes(b""))
 
 
 def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, monkeypatch, capsys):
@@ -696,7 +696,6 @@ def test_a_run_learns_and_other_scripts_read_it(tmp_path, undrawn, monkeypatch, 
     found = ground.evaluate(model, tokenizer, ground.load_problems("chain", "test", 4), max_new_tokens=4,
                             temperature=0.0)
     assert 0 <= found["accuracy"] <= 1
-    monkeypatch.setattr(sft, "plot_runs", moe.plot_runs)
     sft.main(sft.Config(model_name_or_path=str(run), output_dir=str(tmp_path / "sft"), max_steps=1, n_train=8,
                         per_device_train_batch_size=4, eval_steps=0, save_steps=0))
     assert (tmp_path / "sft" / "model.safetensors").exists()
