@@ -91,7 +91,7 @@ CASES = {
     "sft dco_a": ("sft", dict(**SHORT, loss_type="dco_a")),
     "sft entropy": ("sft", dict(loss_type="entropy", entropy_keep=0.5, entropy_discount=0.7)),
     "sft stablemax": ("sft", dict(loss_type="stablemax")),
-    "sft perp_grad": ("sft", dict(perp_grad=True)),
+    "sft perp_grad": ("sft", dict(perp_grad=True, max_steps=4, learning_rate=1e-2)),
     "sft select hard": ("sft", dict(**POOL, select="hard")),
     "sft select uniform": ("sft", dict(**POOL, select="uniform")),
     "sft select easy": ("sft", dict(**POOL, select="easy")),
@@ -126,7 +126,7 @@ CASES = {
     "grpo kl twice": ("grpo", dict(**TWICE, beta=0.1)),
     "grpo kl_in_reward": ("grpo", dict(**KL, **DENSE, kl_in_reward=True, scale_rewards="none")),
     "grpo kl_in_reward leave_one_out": ("grpo", dict(**KL, **DENSE, kl_in_reward=True, baseline="leave_one_out")),
-    "grpo anchor": ("grpo", dict(**KL, ref_model_mixup_alpha=0.5)),
+    "grpo anchor": ("grpo", dict(**KL, ref_model_mixup_alpha=0.3)),
     "grpo anchor sync": ("grpo", dict(**KL, ref_model_mixup_alpha=1.0, ref_model_sync_steps=2)),
     "grpo entropy": ("grpo", dict(entropy_coef=0.1)),
     "grpo tea": ("grpo", dict(entropy_coef=0.1, entropy_weighting="tea")),
@@ -149,14 +149,14 @@ CASES = {
     "grpo stages": ("grpo", dict(stages=["6x8", "12x4"], loss_type="dr_grpo", max_steps=4, seed=2)),
     # --- grpo.py: curricula ---
     "grpo uniform": ("grpo", dict(max_steps=4)),
-    "grpo horizon": ("grpo", dict(sampler="horizon", horizon_gate=0.2, horizon_review=0.5, max_steps=5, seed=5)),
+    "grpo horizon": ("grpo", dict(sampler="horizon", horizon_gate=0.2, horizon_review=0.4, max_steps=5, seed=5)),
     "grpo horizon by steps": ("grpo", dict(sampler="horizon", horizon_gate=0.0, levels="1,2", max_steps=4,
                                            seed=4)),
     "grpo sec": ("grpo", dict(sampler="sec", max_steps=4)),
     "grpo sec rate": ("grpo", dict(sampler="sec", sampler_rate=0.9, sampler_temperature=0.1, arm="level,domain",
                                    scale_rewards="none", max_steps=4, seed=2)),
     "grpo dump": ("grpo", dict(sampler="dump", dump_window=4, max_steps=5, seed=1)),
-    "grpo domain_aware": ("grpo", dict(sampler="domain_aware", arm="domain", max_steps=4)),
+    "grpo domain_aware": ("grpo", dict(sampler="domain_aware", arm="domain", sampler_rate=0.3, max_steps=4)),
     "grpo adcl": ("grpo", dict(sampler="adcl", adcl_chunks=3, adcl_samples=2, max_steps=4)),
     "grpo knapsack": ("grpo", dict(sampler="knapsack", knapsack_range=[3, 5], n_train=4, max_steps=4)),
     "grpo knapsack flat": ("grpo", dict(sampler="knapsack", knapsack_range=[3, 5], n_train=4, max_steps=4,
@@ -218,7 +218,7 @@ CASES = {
     "distill rlt": ("distill", dict(method="rlt", n_traces=8)),
     "distill rlt warm_up": ("distill", dict(method="rlt", stage="warm_up", dataset_name="chain", n_train=24)),
     "distill rlt teacher": ("distill", dict(method="rlt", stage="teacher", **TEACHER, teacher_learning_rate=1e-3,
-                                            teacher_steps=3, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5)),
+                                            teacher_steps=3, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3)),
     "distill rlt weights": ("distill", dict(method="rlt", stage="teacher", **TEACHER, rlt_alpha=0.5, rlt_lambda=1.0,
                                             format_penalty=3.0, beta=0.0, temperature=0.8)),
     "distill rlt student": ("distill", dict(method="rlt", stage="student", **TEACHER, trace_temperature=1.0)),
@@ -366,7 +366,7 @@ def write_model(folder, seed, kind=Qwen3ForCausalLM, shape=Qwen3Config, chat=Fal
             mean = 1.0 if weight.ndim == 1 else 0.0  # the norms' scales
             weight.copy_(torch.from_numpy(rng.normal(mean, 0.15, weight.shape)))
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        embedding *= 4
+        embedding *= 4  # so that attention and the feed-forward, added to it, change it but do not drown it
         embedding[:, 0] = 3.0
         head[:, 0] = -2.0
         for token, logit in LIKELY.items():
@@ -432,9 +432,11 @@ def as_tested():
             module = importlib.import_module(name)
             for drawing in ("plot_runs", "draw_experts"):
                 patch.setattr(module, drawing, lambda *given: None, raising=False)
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class Place:
