@@ -103,6 +103,8 @@ class Config(ProblemFlags, RunFlags):
     budget_drops: int = flag(3, "budget: equally spaced cuts on the way from the first to the last; 0: the last always",
                              low=0)
     budget_gate: bool = flag(True, "budget: paid for right completions only (the paper pays wrong ones too)")
+    soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing",
+                                     low=0)
     loss_type: str = flag("dapo", "what the update maximises", choices=lambda: CLIPS)
     epsilon: float = flag(0.0, "ratios clip below 1 - this; 0: as the loss's paper (0.2; gspo 3e-4; cispo: none)",
                           low=0)
@@ -114,6 +116,9 @@ class Config(ProblemFlags, RunFlags):
                               choices=("auto", "group", "batch", "none"))
     baseline: str = flag("mean", "what a reward is compared with: mean of its group, or leave_one_out of the others",
                          choices=("mean", "leave_one_out"))
+    num_iterations: int = flag(1, "optimizer steps on each step's rollouts; checkpoints are only taken after the last",
+                               low=1)
+    mask_truncated_completions: bool = flag(False, "do not train on completions that the limit cut off")
     beta: float = flag(0.0, "weight of the KL divergence to the model given", low=0)
     kl_in_reward: bool = flag(False, "the KL, undivided, lowers a completion's advantage (T1; with scale_rewards none)")
     ref_model_mixup_alpha: float = flag(0.0, "share of the policy mixed into the reference of --beta; 0: it is fixed",
@@ -132,11 +137,6 @@ class Config(ProblemFlags, RunFlags):
                         choices=("all", "wrong", "stuck"))
     hpt_gate: float = flag(-1.0, "prompts answered right at most this share learn from their solution; below 0: off")
     sft_coef: float = flag(1.0, "hpt: weight of a solution's log-likelihood", low=0)
-    num_iterations: int = flag(1, "optimizer steps on each step's rollouts; checkpoints are only taken after the last",
-                               low=1)
-    mask_truncated_completions: bool = flag(False, "do not train on completions that the limit cut off")
-    soft_overlong_tokens: int = flag(0, "the last so many tokens before the limit cost up to 1 (DAPO); 0: nothing",
-                                     low=0)
     per_device_train_batch_size: int = flag(256, "completions per process; at most so many in one forward",
                                             low=1, free=True)
     learning_rate: float = flag(0.0, "peak learning rate; 0: 5e-5 under 10 M parameters, 1e-6 (TRL's) above", low=0)

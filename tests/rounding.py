@@ -31,6 +31,22 @@ def rounding(size, dtype=torch.float32):
     return ROUNDINGS * torch.finfo(dtype).eps / 2 * size
 
 
+def assert_close(found, wanted, size=None):
+    """Fails unless two tensors or numbers, or dicts of them, are one computation in two orders.
+
+    size: see rounding; None: the largest number of `wanted`, in a dict that of each entry. Where the terms of a sum
+    cancel, they are larger than the sum, and size is theirs.
+    """
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert_close(found[name], wanted[name], size)
+        return
+    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, wanted))
+    size = float(wanted.abs().max()) if size is None else size
+    torch.testing.assert_close(found, wanted, rtol=0, atol=rounding(size))
+
+
 def rounding_of_run(folder):
     """How far any weight of the run in `folder` may end from the same run in another order: an absolute difference.
 

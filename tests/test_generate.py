@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval as ground
 from eval import char_tokenizer, draw_tokens, encode_prompt, generate, load_model
+from rounding import assert_close
 
 SIZES = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, bos_token_id=1,
@@ -70,7 +71,7 @@ def test_sampled_logps_equal_recomputed_ones(name, tokenizer):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1] / 0.7
         again = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        assert torch.allclose(out.logps_RT[row, : len(ids)], again, atol=1e-4)
+        assert_close(out.logps_RT[row, : len(ids)], again)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(qwen, tokenizer):
@@ -129,7 +130,7 @@ def test_frequencies_match_the_distribution():
     expected = (logits[0] / temperature).softmax(-1) * n
     counts = torch.bincount(tokens, minlength=5)
     assert ((counts - expected) ** 2 / expected).sum() < 23.5  # chi-square, 4 degrees of freedom, p = 1e-4
-    assert torch.allclose(logps, (logits[0] / temperature).log_softmax(-1)[tokens])
+    assert_close(logps, (logits[0] / temperature).log_softmax(-1)[tokens])
 
 
 def test_top_p_and_top_k_keep_the_right_tokens_in_proportion():

@@ -16,6 +16,7 @@ import sft
 from eval import InputError, Problem, encode_prompt, load_model
 from faults import assert_same
 from grpo import Config, Update, World, group_advantages, kl_k3, row_weights, soft_overlong
+from rounding import assert_close, rounding
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -182,7 +183,10 @@ def rows_in(groups):
     return [row for group in groups for row in group.rows]
 
 
-STEPS = 16
+def largest_logp(rows):
+    return max(float(row.values["sampled"].abs().max()) for row in rows)
+
+
 REWARDS = [1.0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # the second group is silent
 
 
@@ -214,9 +218,8 @@ def test_gradient_does_not_depend_on_the_micro_batch(tiny, loss_type, extra):
         c.per_device_train_batch_size, c.micro_batch_tokens = rows, tokens
         found.append(step_gradient(model, copy.deepcopy(rows_in(groups)), c))
     for gradient, numbers, update in found[1:]:
-        for name in gradient:
-            assert torch.allclose(gradient[name], found[0][0][name], rtol=1e-4, atol=1e-6)
-        assert numbers == pytest.approx(found[0][1], rel=1e-4, abs=1e-6)
+        assert_close(gradient, found[0][0])
+        assert_close(numbers, found[0][1], size=max(1.0, *found[0][1].values()))
     assert len(found[0][2].rows) == (12 if extra else 8)  # the silent group is not computed without KL or entropy
 
 
@@ -227,7 +230,8 @@ def test_first_step_is_reinforce_with_a_baseline_and_silent_rows_stay_in_the_den
     rows = rows_in(groups_of(model, tokenizer, c, REWARDS))
     assert any(row.finished for row in rows)
     found, numbers, _ = step_gradient(model, rows, c)
-    assert numbers["clip_ratio"] == 0 and numbers["sampling/logp_difference"] < 1e-4 and numbers["entropy"] > 0
+    assert numbers["clip_ratio"] == 0 and numbers["entropy"] > 0
+    assert numbers["sampling/logp_difference"] < rounding(largest_logp(rows))
     model.zero_grad()
     advantages = group_advantages(torch.tensor(REWARDS).view(-1, 4), "group").flatten()
     n_tokens = sum(len(row.tokens_T) for row in rows)
@@ -236,8 +240,7 @@ def test_first_step_is_reinforce_with_a_baseline_and_silent_rows_stay_in_the_den
         start = len(row.prompt)
         logps = model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
         (-advantage * logps.sum() / n_tokens).backward()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+    assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
 TEACHER = {"kd_coef": 0.3, "teacher_model_name_or_path": "tiny"}
@@ -254,7 +257,7 @@ def test_every_term_of_the_loss_against_a_loop(tiny, extra):
     grpo.consult(groups, grpo.Policy(model), grpo.Policy(other) if c.beta else None, grpo.Policy(other) if c.kd_coef
                  else None, grpo.pace_of(0, c), c, ALONE)
     found, numbers, _ = step_gradient(model, copy.deepcopy(rows_in(groups)), c)
-    assert numbers["sampling/logp_difference"] < 1e-4
+    assert numbers["sampling/logp_difference"] < rounding(largest_logp(rows_in(groups)))
     model.zero_grad()
     distances = []
     for i, row in enumerate(rows_in(groups)):
@@ -269,11 +272,9 @@ def test_every_term_of_the_loss_against_a_loop(tiny, extra):
             gain = gain - c.kd_coef * ((logps - theirs) ** 2 / 2 if c.kd_direction == "reverse" else k3)
         (-gain.sum() / (12 * c.max_completion_length)).backward()
         distances.append(k3.detach())
-    for name, parameter in model.named_parameters():
-        size = float(parameter.grad.abs().max())
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-4 * size), name
+    assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})
     if c.beta and not c.kl_in_reward:
-        assert numbers["kl"] == pytest.approx(float(torch.cat(distances).mean()), rel=1e-3)
+        assert_close(numbers["kl"], torch.cat(distances).mean(), size=1.0)  # the smallest term of k3
 
 
 def test_the_anchor_goes_a_share_of_the_way_every_so_many_steps(tiny):
@@ -284,7 +285,7 @@ def test_the_anchor_goes_a_share_of_the_way_every_so_many_steps(tiny):
         assert all(map(torch.equal, anchor.parameters(), before))
         grpo.move_anchor(anchor, policy, step, c)
     for moved, old, weight in zip(anchor.parameters(), before, policy.parameters()):
-        assert torch.allclose(moved, 0.75 * old + 0.25 * weight)
+        assert_close(moved, 0.75 * old + 0.25 * weight)
 
 
 def test_every_call_of_the_sampler_draws_numbers_of_its_own(tiny):
@@ -338,7 +339,7 @@ def test_later_iterations_use_the_log_probs_of_the_first(tiny):
     first = step_on(0)
     kept = [row.values["old"].clone() for row in update.rows]
     for row, old_T in zip(update.rows, kept):
-        assert torch.allclose(old_T, row.values["sampled"], atol=1e-4)
+        assert_close(old_T, row.values["sampled"])
     second = step_on(1)
     assert all(torch.equal(row.values["old"], old_T) for row, old_T in zip(update.rows, kept))  # the first pass's, still
     assert first["clip_ratio"] == 0 and second["clip_ratio"] > 0  # the policy has moved away from the sampling one
@@ -478,20 +479,25 @@ def test_a_run_of_every_loss(tmp_path, cold_start, loss_type):
 
 
 def test_the_shuffled_reward_does_not_teach_and_the_true_one_does(tmp_path, cold_start, monkeypatch):
-    """Equal runs but for the reward: the verdict, or a coin that knows nothing of the completion."""
-    def final_accuracy(name):
-        grpo.main(quick(tmp_path, cold_start, output_dir=str(tmp_path / name), max_steps=STEPS, per_device_train_batch_size=128,
-                        num_generations=8, learning_rate=1e-3, n_train=200, save_steps=0, max_completion_length=14))
+    """Equal runs but for the reward: the verdict, or a coin that knows nothing of the completion.
+
+    With seeds 0 to 3 on two processors' instructions, the verdict raised accuracy by 0.27 to 0.32, the coin lowered it
+    by 0.18 to 0.35 and ended 0.59 to 0.79 below. At twice the learning rate one step may cost a quarter of the accuracy:
+    what a run ends with then hangs on roundings.
+    """
+    def accuracy(name):
+        grpo.main(quick(tmp_path, cold_start, output_dir=str(tmp_path / name), max_steps=16, per_device_train_batch_size=128,
+                        num_generations=8, learning_rate=5e-4, n_train=200, save_steps=0, max_completion_length=14))
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         right = [line["sampled_accuracy"] for line in lines]
         return sum(right[:3]) / 3, sum(right[-5:]) / 5
 
-    before, after = final_accuracy("true")
-    assert after > before + 0.1
+    before, taught = accuracy("true")
+    assert taught > before + 0.1
     coin = torch.Generator().manual_seed(0)
     monkeypatch.setitem(grpo.REWARDS, "accuracy", lambda *given: float(torch.rand((), generator=coin) < 0.3))
-    before, after = final_accuracy("shuffled")
-    assert after < before + 0.05
+    before, shuffled = accuracy("shuffled")
+    assert shuffled < before + 0.05 and shuffled < taught - 0.3
 
 
 def test_stages_are_parts_of_the_optimizer_steps(tmp_path, cold_start):
@@ -629,4 +635,4 @@ def test_log_probs_of_two_processes_add_up(tiny, monkeypatch):
             row.values["sampled"] = torch.full((len(row.tokens_T),), float("nan"))
         grpo.add_logps(grpo.Policy(model), rows, "sampled", config(), World(rank, 2, torch.device("cpu")))
     assert all((part == 0).any() and (part != 0).any() for part in parts)
-    assert torch.allclose(parts[0] + parts[1], torch.cat([row.values["wanted"] for row in rows]), atol=1e-5)
+    assert_close(parts[0] + parts[1], torch.cat([row.values["wanted"] for row in rows]))

@@ -15,8 +15,8 @@ import faults
 import grpo
 from eval import InputError, Problem, encode_prompt, load_model
 from faults import largest_difference
-from rounding import rounding_of_run
 from grpo import Config, Group, Row, World
+from rounding import assert_close, rounding_of_run
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -431,7 +431,7 @@ def test_tea_weights_against_a_loop():
     for i in range(3):
         covariance = [(float(advantages[i]) - mean_a) * (float(logps[i, t]) - mean_l) for t in range(lengths[i])]
         total = sum(math.exp(x) for x in covariance)
-        assert found[i, : lengths[i]].tolist() == pytest.approx([min(5, 10 * math.exp(x) / total) for x in covariance], rel=1e-5)
+        assert_close(found[i, : lengths[i]], [min(5, 10 * math.exp(x) / total) for x in covariance])
         assert (found[i, lengths[i] :] == 0).all()
 
 
@@ -472,8 +472,7 @@ def test_hpt_is_the_likelihood_of_the_solution_divided_by_prompts(tiny):
     ids = torch.tensor([prompt + answer])
     logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
     (-0.5 * logps.sum() / (2 * len(answer))).backward()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+    assert_close(found, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
@@ -490,7 +489,8 @@ def test_kl_in_the_reward_is_centred_over_the_group(tiny, baseline):
     kl = [float((row.values["sampled"] - row.values["reference"]).sum()) for row in group.rows]
     others = [(sum(kl) - k) / 3 if baseline == "leave_one_out" else sum(kl) / 4 for k in kl]
     wanted = [a - 0.1 * (k - other) for a, k, other in zip(before, kl, others)]
-    assert [row.advantage for row in group.rows] == pytest.approx(wanted) and len(set(kl)) > 1
+    assert_close([row.advantage for row in group.rows], wanted)
+    assert len(set(kl)) > 1
 
 
 def test_rows_that_were_not_sampled_under_their_prompt_count_with_their_true_log_probs(tiny):
@@ -508,8 +508,8 @@ def test_rows_that_were_not_sampled_under_their_prompt_count_with_their_true_log
         grpo.credit([group], grpo.pace_of(0, c), 4, c)
         grpo.consult([group], policy, reference, None, grpo.pace_of(0, c), c, ALONE)
     for a, b in zip(known.rows, blind.rows):
-        assert a.advantage == pytest.approx(b.advantage, abs=1e-6)
-        assert torch.allclose(a.values["entropy_weight"], b.values["entropy_weight"], atol=1e-5)
+        assert_close(a.advantage, b.advantage, size=1.0)
+        assert_close(a.values["entropy_weight"], b.values["entropy_weight"])
     assert known.rows[3].advantage != pytest.approx(-0.5, abs=1e-4)  # the KL did move it
 
 
@@ -531,7 +531,7 @@ def test_the_entropy_bonus_against_a_loop(tiny, weighting):
     [batch] = grpo.batches_of(update.rows, c, ALONE)
     found, _ = update.loss_of(grpo.Policy(model), batch)
     assert batch.rows == [1, 0]  # longest first
-    assert float(found.detach()) == pytest.approx(wanted, rel=1e-4)
+    assert_close(found, wanted)
 
 
 def test_a_solution_is_imitated_and_nothing_else(tiny):
@@ -544,7 +544,7 @@ def test_a_solution_is_imitated_and_nothing_else(tiny):
         grpo.demonstrate([group], [problem], tokenizer, c)
         grpo.consult([group], grpo.Policy(model), other, other, grpo.pace_of(0, c), c, ALONE)
         found.append(gradient(model, group.rows, c))
-    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-6) for name in found[0])
+    assert_close(found[0], found[1])
 
 
 def test_a_group_without_a_right_completion_moves_nothing_unless_it_is_helped(tiny):

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 import kernels  # noqa: E402
 from bench_kernels import dense_kl, dense_logps, dense_moe  # noqa: E402
 from kernels import linear_kl, linear_logps, linear_topk, moe_experts, sharded_mask, topk_kl  # noqa: E402
+from rounding import assert_close, rounding  # noqa: E402
 
 torch.set_num_threads(1)
 TRITON = kernels.KERNELS == "triton"
@@ -157,11 +158,11 @@ def test_chunks_change_nothing_and_rows_are_independent(operation):
     everything, order = torch.arange(9), torch.randperm(9)
     whole = run(everything, None)
     for chunked in (run(everything, 0), run(everything, 1e-3)):
-        torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-5)
+        assert_close(chunked, whole)
         for a, b in zip(gradients([chunked], (hidden, weight)), gradients([whole], (hidden, weight))):
-            assert relative(a, b) < 1e-5
+            assert_close(a, b)
         whole = run(everything, None)  # the graph is gone after a backward pass
-    torch.testing.assert_close(run(order, None), whole[order], rtol=0, atol=1e-5)
+    assert_close(run(order, None), whole[order])
 
 
 def test_a_second_backward_pass_gives_the_same_gradient():
@@ -180,7 +181,7 @@ def test_low_precision_inputs_give_fp32_results(dtype):
     expected = dense_logps(h, w, targets)
     for actual, reference in zip(outputs, expected):
         assert actual.dtype == torch.float32
-        torch.testing.assert_close(actual.double(), reference, rtol=0, atol=1e-5)
+        assert_close(actual, reference)
     for actual, reference in zip(gradients(outputs, (hidden, weight)), gradients(expected, (h, w))):
         assert actual.dtype == dtype and relative(actual, reference) < 5e-3  # one rounding of the result
 
@@ -195,10 +196,11 @@ def test_fp32_master_weight_under_bf16_hidden_states(autocast):
         d_hidden, d_weight = gradients(outputs, (hidden, weight))  # inside, where a stray cast would show
     h, w = (x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight))
     expected = dense_logps(h, w, targets)
-    torch.testing.assert_close(outputs[0].double(), expected[0], rtol=0, atol=1e-5)
+    assert_close(outputs[0], expected[0])
     assert outputs[0].dtype == outputs[1].dtype == d_weight.dtype == torch.float32 and d_hidden.dtype == hidden.dtype
     exact_d_hidden, exact_d_weight = gradients(expected, (h, w))
-    assert relative(d_weight, exact_d_weight) < 1e-5 and relative(d_hidden, exact_d_hidden) < 5e-3
+    assert_close(d_weight, exact_d_weight)
+    assert relative(d_hidden, exact_d_hidden) < 5e-3
 
 
 def test_frozen_inputs_cost_no_product_and_no_grad_keeps_nothing(monkeypatch):
@@ -524,11 +526,11 @@ def test_one_expert_for_all_tokens_and_none():
 def test_order_of_tokens_and_of_choices_does_not_matter():
     x, ids, weights, gate_up, down = experts(dtype=torch.float32)
     output, order = moe_experts(x, ids, weights, gate_up, down), torch.randperm(len(x))
-    torch.testing.assert_close(moe_experts(x[order], ids[order], weights[order], gate_up, down), output[order])
-    torch.testing.assert_close(moe_experts(x, ids.flip(1), weights.flip(1), gate_up, down), output)
+    assert_close(moe_experts(x[order], ids[order], weights[order], gate_up, down), output[order])
+    assert_close(moe_experts(x, ids.flip(1), weights.flip(1), gate_up, down), output)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2e-2), (torch.float32, rounding(1.0))])
 @pytest.mark.parametrize("D,I,grouped", [(16, 8, True), (10, 6, False)])
 def test_the_grouped_product_serves_where_rows_are_aligned(D, I, grouped, dtype, tolerance, monkeypatch):
     calls, grouped_mm = [], F.grouped_mm
@@ -564,7 +566,8 @@ def test_a_grouped_product_that_fills_empty_groups_is_masked(monkeypatch):
     inputs = experts(D=8, I=8, dtype=torch.float32)
     output, leaves = moe_experts(*inputs), inputs[3:]
     for actual, reference in zip(gradients([output], leaves), gradients([dense_moe(*inputs)], leaves)):
-        assert (actual[-1] == 0).all() and relative(actual, reference) < 1e-5
+        assert (actual[-1] == 0).all()
+        assert_close(actual, reference)
 
 
 def test_experts_under_autocast_keep_fp32_masters():
@@ -609,7 +612,7 @@ def test_flex_attention_with_the_mask_equals_dense_attention():
     blocks = create_block_mask(mask, B, n_heads, T, T, device="cpu", BLOCK_SIZE=32)
     grid = torch.meshgrid(torch.arange(B), torch.arange(n_heads), torch.arange(T), torch.arange(T), indexing="ij")
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask(*grid), enable_gqa=True)
-    torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks, enable_gqa=True), dense, rtol=0, atol=2e-6)
+    assert_close(flex_attention(q, k, v, block_mask=blocks, enable_gqa=True), dense)
     assert blocks.sparsity() > 50  # blocks are skipped, not only masked
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import sft
 from eval import (InputError, Log, char_tokenizer, describe_run, encode_prompt, end_of_turn, load_eval_problems, load_model,
                   load_problems, newest_checkpoint, verify, write_json)
+from rounding import assert_close
 from sft import Config, Example, World, collate, make_examples, micro_batches, nll_loss, row_examples, rows_of_step
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -167,9 +168,8 @@ def test_loss_and_gradient_equal_a_loop_over_single_unpadded_examples(tiny):
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     for max_rows, max_tokens in ((12, 0), (1, 0), (5, 0), (12, 40), (3, 64)):  # padded together, alone, budgeted
         loss, found = gradients(model, examples, max_rows, max_tokens)
-        assert loss == pytest.approx(float(nll / n), rel=1e-5)
-        for name in wanted:
-            assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6 + 1e-5 * float(wanted[name].abs().max()))
+        assert_close(loss, nll / n)
+        assert_close(found, wanted)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny):
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_changes_nothing(tiny):
     _, plain = gradients(model, uneven(tokenizer), 4, 0)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, found = gradients(model, uneven(tokenizer), 4, 0)
-    assert all(torch.allclose(found[name], plain[name], atol=1e-6) for name in plain)
+    assert_close(found, plain)
     for asked in (True, False):
         policy = sft.shard(sft.Policy(copy.deepcopy(tiny[0]).train()), Config(gradient_checkpointing=asked), ALONE)
         assert policy.model.is_gradient_checkpointing == asked and policy.training
@@ -220,7 +220,7 @@ def test_the_end_is_trained_and_the_prompt_is_not(tiny):
     hidden = model.model(batch.ids_BT[:, :-1]).last_hidden_state[0]
     logits = hidden @ model.lm_head.weight.T
     wanted = (logits.softmax(-1) - F.one_hot(batch.ids_BT[0, 1:], len(tokenizer)))[4:].T @ hidden[4:] / 2
-    assert torch.allclose(grad, wanted, atol=1e-6)
+    assert_close(grad, wanted)
 
 
 def test_the_model_that_samples_is_a_copy_on_the_device_of_training(tiny):
@@ -243,7 +243,7 @@ def test_padding_is_exact_because_nothing_looks_right(tiny):
     together, _ = policy(collate(examples, range(4), torch.device("cpu")))
     for row, example in enumerate(examples):
         alone, _ = policy(collate([example], [0], torch.device("cpu")))
-        assert torch.allclose(together[row, : alone.shape[1]], alone[0], atol=1e-5)
+        assert_close(together[row, : alone.shape[1]], alone[0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -444,7 +444,8 @@ def test_the_loss_of_texts_is_the_mean_over_the_tokens_that_something_predicts(t
     for text in texts:
         ids = torch.tensor([tiny[1](text).input_ids + [tiny[1].eos_token_id]])
         nll += F.cross_entropy(tiny[0](ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
-    assert line["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5) and line["num_tokens"] == len(nll)
+    assert_close(line["loss"], sum(nll) / len(nll))
+    assert line["num_tokens"] == len(nll)
 
 
 def test_solutions_are_spoiled_at_the_rate_asked_for():

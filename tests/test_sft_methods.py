@@ -13,7 +13,7 @@ from torch import nn
 import faults
 import sft
 from eval import InputError, char_tokenizer, encode_prompt, generate, load_model, load_problems, verify
-from rounding import rounding_of_run
+from rounding import assert_close, rounding_of_run
 from sft import Config, Example, LowRank, World, collate, micro_batches, row_examples, rows_of_step
 
 CPU = torch.device("cpu")
@@ -72,11 +72,6 @@ def step_gradients(model, examples, config, notes=None, max_rows=64, max_tokens=
     return total, sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def close(found, wanted):
-    return all(torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-7 + 1e-4 * float(wanted[name].abs().max()))
-               for name in wanted)
-
-
 # --- dco ---
 
 
@@ -119,7 +114,8 @@ def test_dco_is_the_gradient_of_its_own_loss(trained, examples, kind):
     notes = sft.annotator([], examples, tokenizer, config, ALONE)(examples)
     for max_rows, max_tokens in ((12, 0), (1, 0), (5, 64)):
         _, numbers, found = step_gradients(model, examples, config, notes, max_rows, max_tokens)
-        assert close(found, wanted) and 0.05 < numbers["dco/factor"] < 1
+        assert_close(found, wanted)
+        assert 0.05 < numbers["dco/factor"] < 1
     assert max(notes[2]) == (2 if kind == "dco_step" else 0)  # three steps
 
 
@@ -128,7 +124,9 @@ def test_dco_with_one_sample_is_nll(trained, examples):
     for kind in ("dco", "dco_step", "dco_a"):
         notes = [[0.5] if kind == "dco_a" else sft.step_numbers(e, {30}) for e in examples]
         again, numbers, found = step_gradients(trained[0], examples, Config(loss_type=kind, dco_n=1), notes)
-        assert again == loss == pytest.approx(numbers["nll"], rel=1e-6) and numbers["dco/factor"] == pytest.approx(1)
+        assert again == loss
+        assert_close(numbers["nll"], loss)
+        assert_close(numbers["dco/factor"], 1)
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -142,7 +140,7 @@ def test_dco_a_weighs_rows_by_their_pass_rate(trained, examples):
     wanted = gradients(trained[0], total / n_tokens)
     for max_rows in (12, 1, 5):
         _, _, found = step_gradients(trained[0], examples, Config(loss_type="dco_a", dco_n=4), rates, max_rows)
-        assert close(found, wanted)
+        assert_close(found, wanted)
 
 
 def test_pass_rates_are_those_of_the_samples(monkeypatch):
@@ -198,8 +196,9 @@ def test_entropy_keeps_the_most_surprising_tokens_of_each_row(trained, examples,
     config = Config(loss_type="entropy", entropy_keep=share, entropy_discount=discount)
     for max_rows, max_tokens in ((12, 0), (1, 0), (5, 64)):
         loss, numbers, found = step_gradients(trained[0], examples, config, None, max_rows, max_tokens)
-        assert loss == pytest.approx(float(total / n_tokens), rel=1e-4) and close(found, wanted)
-        assert numbers["entropy"] == pytest.approx(float(entropy / n_tokens), rel=1e-4)  # of the kept tokens
+        assert_close(loss, total / n_tokens)
+        assert_close(found, wanted)
+        assert_close(numbers["entropy"], entropy / n_tokens)  # of the kept tokens
 
 
 def test_stablemax_against_a_loop(trained, examples):
@@ -213,22 +212,25 @@ def test_stablemax_against_a_loop(trained, examples):
     wanted = gradients(trained[0], total / n_tokens)
     for max_rows in (12, 5):
         loss, _, found = step_gradients(trained[0], examples, Config(loss_type="stablemax"), None, max_rows)
-        assert loss == pytest.approx(float(total / n_tokens), rel=1e-5) and close(found, wanted)
+        assert_close(loss, total / n_tokens)
+        assert_close(found, wanted)
 
 
 def test_stablemax_has_slope_one_at_zero_and_takes_chunks_and_caps():
+    torch.manual_seed(0)
     weight_VD = torch.zeros(5, 3, requires_grad=True)
     hidden_BD, targets_B = torch.randn(4, 3), torch.tensor([0, 1, 2, 4])
     (grad_VD,) = torch.autograd.grad(sft.stablemax_rows(hidden_BD, weight_VD, targets_B, None).sum(), weight_VD)
-    assert torch.allclose(grad_VD, (F.one_hot(targets_B, 5) - 0.2).T @ hidden_BD, atol=1e-6)
+    assert_close(grad_VD, (F.one_hot(targets_B, 5) - 0.2).T @ hidden_BD)
     weight_VD = torch.randn(5, 3)
     capped = sft.stablemax_rows(hidden_BD, weight_VD, targets_B, 2.0)
     z = 2 * torch.tanh(hidden_BD @ weight_VD.T / 2)
     s = torch.where(z >= 0, z + 1, 1 / (1 - z))
-    assert torch.allclose(capped, (s / s.sum(1, keepdim=True)).log()[range(4), targets_B], atol=1e-5)
+    assert_close(capped, (s / s.sum(1, keepdim=True)).log()[range(4), targets_B])
 
 
 def test_perp_grad_drops_what_lengthens_a_matrix_and_keeps_the_rest():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = sft.make_optimizer(model, Config(learning_rate=0.1))
     optimizer.register_step_pre_hook(sft.perp_grad)
@@ -238,8 +240,9 @@ def test_perp_grad_drops_what_lengthens_a_matrix_and_keeps_the_rest():
     wanted = g - (weight * g).sum() / weight.square().sum() * weight
     optimizer.step()
     found = model[0].weight.grad
-    assert torch.allclose(found, wanted * g.norm() / wanted.norm(), rtol=1e-5)
-    assert abs(float((found * weight).sum())) < 1e-5 and found.norm() == pytest.approx(float(g.norm()), rel=1e-5)
+    assert_close(found, wanted * g.norm() / wanted.norm())
+    assert_close((found * weight).sum(), 0, size=float(found.norm() * weight.norm()))
+    assert_close(found.norm(), g.norm())
     assert torch.equal(model[0].bias.grad, bias)
     first = (found.abs() > 1e-6) * -0.1 * found.sign()  # AdamW's first step: what it moved by is the new gradient's
     assert torch.allclose(model[0].weight - weight, first, atol=1e-4)
@@ -292,18 +295,18 @@ def test_only_adapters_train_and_the_merged_model_computes_the_same(init, tmp_pa
     sft.save_model(tmp_path / "saved", sft.Policy(model), char_tokenizer(), ALONE)
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == before.state_dict().keys()
     again = type(model).from_pretrained(tmp_path / "saved")
-    assert torch.allclose(again(ids).logits, logits, atol=2e-5)
+    assert_close(again(ids).logits, logits)
 
 
 def test_pissa_begins_with_the_largest_singular_values():
     model, before, _, _ = adapted("pissa", rank=5)
     layer, weight = model.model.layers[1].mlp.up_proj, before.model.layers[1].mlp.up_proj.weight
     u, values, v = torch.linalg.svd(weight, full_matrices=False)
-    assert torch.allclose(layer.up @ layer.down, (u[:, :5] * values[:5]) @ v[:5], atol=1e-5)
-    assert torch.allclose(layer.up.T @ layer.up, values[:5].diag(), atol=1e-4)  # both factors have the square roots
-    assert torch.allclose(layer.down @ layer.down.T, values[:5].diag(), atol=1e-4)
+    assert_close(layer.up @ layer.down, (u[:, :5] * values[:5]) @ v[:5])
+    assert_close(layer.up.T @ layer.up, values[:5].diag())  # both factors have the square roots
+    assert_close(layer.down @ layer.down.T, values[:5].diag())
     left = torch.linalg.svdvals(weight - layer.up @ layer.down)  # what PiSSA calls the residual
-    assert torch.allclose(left[: len(values) - 5], values[5:], atol=1e-4)
+    assert_close(left[: len(values) - 5], values[5:], size=float(values[0]))
 
 
 def test_pissa_equals_that_of_peft():
@@ -316,8 +319,8 @@ def test_pissa_equals_that_of_peft():
         ours, layer = model.model.get_submodule(name), theirs.base_model.model.model.get_submodule(name)
         up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
         signs = (ours.down * down).sum(1).sign()
-        assert torch.allclose(ours.down, signs[:, None] * down, atol=1e-4)
-        assert torch.allclose(ours.up, signs * up, atol=1e-4)
+        assert_close(ours.down, signs[:, None] * down)
+        assert_close(ours.up, signs * up)
 
 
 def test_lora_sb_begins_one_truncated_step_of_adamw_away():
@@ -325,16 +328,17 @@ def test_lora_sb_begins_one_truncated_step_of_adamw_away():
     model, before, config, examples = adapted("lora_sb", warmup_steps=4, micro_batch_tokens=16)
     rows = [examples[i] for i in rows_of_step(20, 8, 0, 0)]
     n_tokens = sum(sum(e.trained[1:]) for e in rows)
-    batch = collate(rows, range(8), CPU)
-    sft.nll_loss(sft.Policy(before)(batch)[0], batch.mask_BS, n_tokens).backward()
+    for part in micro_batches([len(e.ids) for e in rows], 64, 16, ALONE):  # of a gradient near 0 the order has the sign
+        batch = collate(rows, part, CPU)
+        sft.nll_loss(sft.Policy(before)(batch)[0], batch.mask_BS, n_tokens).backward()
     for name in ("layers.0.self_attn.k_proj", "layers.2.mlp.gate_proj"):
         layer, plain = model.model.get_submodule(name), before.model.get_submodule(name)
         step = -1e-2 / 4 * plain.weight.grad.sign()
         u, values, v = torch.linalg.svd(step, full_matrices=False)
         update = layer.merged() - layer.weight
-        assert torch.allclose(update, (u[:, :3] * values[:3]) @ v[:3], atol=1e-5)
-        assert torch.allclose(layer.up.T @ layer.up, torch.eye(3), atol=1e-5)
-        assert torch.allclose(layer.down @ layer.down.T, torch.eye(3), atol=1e-5)
+        assert_close(update, (u[:, :3] * values[:3]) @ v[:3], size=float(layer.weight.abs().max()))
+        assert_close(layer.up.T @ layer.up, torch.eye(3))
+        assert_close(layer.down @ layer.down.T, torch.eye(3))
         assert (step - update).norm() < step.norm() and torch.equal(layer.weight, plain.weight)
         assert layer.weight.grad is None
 
