@@ -98,7 +98,7 @@ class Config(RunFlags):
                                    "n_train at most) or unimax", choices=("uniform", "proportional", "unimax"))
     unimax_epochs: float = flag(4.0, "`unimax`: no domain is passed over more often (a run that would have to is "
                                      "refused); the rest is shared evenly", low=1e-09)
-    n_train: int = flag(1500, "rows of max_length tokens to read of each domain at most; 0: all there is")
+    n_train: int = flag(1500, "rows of max_length tokens to read of each domain at most; 0: all there is", low=0)
     output_dir: str = flag("runs/moe", "the run's folder: model, args.json, metrics.jsonl, curves.png, experts.png",
                            free=True)
     per_device_train_batch_size: int = flag(16, "rows per process and forward: the micro-batch", low=1, free=True)

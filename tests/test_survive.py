@@ -356,7 +356,7 @@ def test_a_reward_that_is_no_number_is_named(flags, tmp_path, value):
 
 
 @pytest.mark.parametrize("fault, words", [
-    ({"file_limit": [4, 700]}, ["File too large"]),  # metrics.jsonl
+    ({"file_limit": [4, 1100]}, ["File too large"]),  # metrics.jsonl
     ({"file_limit": [4, 2000]}, ["step 4", "could not be written", "File too large"]),  # a small file of the save
     ({"file_limit": [4, 60_000]}, ["step 4", "could not be written", "File too large"]),  # the weights
     ({"full_at_the_end": 2000}, ["File too large"])])  # the model that is left at the end
