@@ -421,7 +421,9 @@ def fill_template(template, prompt):
     """The template around a string prompt, or around the last message of a chat."""
     if isinstance(prompt, str):
         return template.replace("{prompt}", prompt)
-    *before, last = prompt
+    *before, last = prompt if isinstance(prompt, list) and prompt else [None]
+    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
+        return prompt  # neither: it is refused where it is read, by its row
     return [*before, {**last, "content": template.replace("{prompt}", last["content"])}]
 
 
