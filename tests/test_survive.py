@@ -160,10 +160,13 @@ def test_a_kill_while_an_old_run_is_deleted(flags, whole, tmp_path):
     for n in (1, 2, 3, 4, 6, 9, 12, 13):
         shutil.copytree(whole("sft", seed=1), tmp_path / "run")
         assert run("sft", {**mine, "overwrite": True}, {"kill_at_write": [str(tmp_path / "run"), n]})[0] == [-9]
-        if json.loads((tmp_path / "run" / "args.json").read_text()).get("flags", {}).get("seed") != 0:
-            codes, text = run("sft", mine)  # or it has begun anew
+        left = json.loads((tmp_path / "run" / "args.json").read_text())
+        if not left:
+            codes, text = run("sft", {**mine, "seed": 1})
             assert codes == [2]
-            refused(text, "sft", "--overwrite deletes it")
+            refused(text, "sft", "half a run; --overwrite deletes it")
+        elif left["flags"]["seed"] == 1:  # or it has begun anew
+            assert {*faults.listing(whole("sft", seed=1))} <= {*faults.listing(tmp_path / "run")}
         codes, text = run("sft", {**mine, "overwrite": True})
         assert codes == [0], text
         assert_same(tmp_path / "run", whole("sft"))
